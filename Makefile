@@ -1,0 +1,49 @@
+# make demo: sample pictures with FORA and see what it saves. make test: build and run every test.
+# Each makes .venv, installs pinned dependencies and builds the kernels first (make env).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+WORKERS ?= 2
+
+.PHONY: env demo quality test bench doctor train clean
+
+env: $(VENV)/built
+
+$(VENV)/created:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/created requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" -r requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: env
+	$(BIN)/fastcache demo --out out/demo
+
+quality: env
+	$(BIN)/fastcache quality --out out/quality
+
+test: env
+	$(BIN)/python -m pytest tests -n $(WORKERS) -q
+
+bench: env
+	$(BIN)/python -m benchmarks.run --out out/bench
+
+doctor: env
+	$(BIN)/fastcache doctor --verify
+
+train: env
+	$(BIN)/python -m fastcache.glyphs.train --out weights/glyph-dit.safetensors
+	$(BIN)/python -m fastcache.glyphs.classifier --out weights/glyph-classifier.safetensors
+
+clean:
+	rm -rf build dist out *.egg-info fastcache/lib fastcache/_C*.so

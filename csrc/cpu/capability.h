@@ -1,0 +1,24 @@
+// The kernels of one instruction set, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+#include "fastcache/plan.h"
+
+namespace fastcache {
+
+struct Kernels {
+  const char* name;
+  // Work units [begin, end) of the plan; scratch holds scratch_floats(plan) floats.
+  void (*residual_update)(const Plan& plan, int64_t begin, int64_t end, float* scratch);
+};
+
+extern const Kernels kernels_avx512, kernels_avx2, kernels_default;
+
+// The widest set that this processor has, or the one FASTCACHE_CPU_CAPABILITY names; throws if
+// that is unknown or not supported here.
+const Kernels& kernels();
+
+FASTCACHE_INLINE int64_t scratch_floats(const Plan& plan) { return (plan.block_rows + 2) * pitch_of(plan.D); }
+
+}  // namespace fastcache

@@ -1,0 +1,13 @@
+// Does a tensor that is written share memory with one that is read?
+#pragma once
+
+#include "../arguments.h"
+
+namespace fastcache {
+
+bool overlap(const Tensor& a, const Tensor& b);
+
+// True if two elements of one [B, N, ...] tensor share memory (an expanded or folded view).
+bool overlaps_itself(const Tensor& tensor);
+
+}  // namespace fastcache

@@ -1,0 +1,80 @@
+// AVX-512 (x86-64-v4): 16 lanes, tails by mask.
+#pragma once
+
+namespace {
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+
+inline __mmask16 first(int count) { return __mmask16((1u << count) - 1u); }
+
+inline Vec broadcast(float value) { return _mm512_set1_ps(value); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec magnitude(Vec a) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff))); }
+// Maximum of non-negative values in which a NaN wins.
+inline Vec max_magnitude(Vec a, Vec b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+inline Vec keep_first(Vec a, int count) { return _mm512_maskz_mov_ps(first(count), a); }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+inline float largest_magnitude(Vec a) { return bits_to_float(uint32_t(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))); }
+
+inline Vec widen_bfloat16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+
+// e4m3 bits moved into a float16 have an exponent that is 8 too small; 0x7f is the only NaN.
+inline Vec widen_float8(__m128i bits) {
+  const __m256i wide = _mm256_cvtepu8_epi16(bits);
+  const __m256i value = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(value, _mm256_set1_epi16(0x7f));
+  const __m256i half = _mm256_or_si256(_mm256_mask_mov_epi16(_mm256_slli_epi16(value, 7), nan, _mm256_set1_epi16(0x7e00)), sign);
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const BFloat16* p) { return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const Float8* p) { return widen_float8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+inline Vec load_part(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
+inline Vec load_part(const BFloat16* p, int count) { return widen_bfloat16(_mm256_maskz_loadu_epi16(first(count), p)); }
+inline Vec load_part(const Float16* p, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p)); }
+inline Vec load_part(const Float8* p, int count) { return widen_float8(_mm_maskz_loadu_epi8(first(count), p)); }
+
+inline Vec rounded(Vec a, const float*) { return a; }
+inline Vec rounded(Vec a, const Float16*) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+inline Vec rounded(Vec a, const BFloat16*) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __m512i cut = _mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(cut, nan, _mm512_set1_epi32(0x7fc00000)));
+}
+
+// The value must already be rounded to the type that is stored.
+inline __m256i narrow_bfloat16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a), 16)); }
+inline __m256i narrow_float16(Vec a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(a)); }
+inline void store(Float16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(a)); }
+
+inline void store_part(float* p, Vec a, int count) { _mm512_mask_storeu_ps(p, first(count), a); }
+inline void store_part(BFloat16* p, Vec a, int count) { _mm256_mask_storeu_epi16(p, first(count), narrow_bfloat16(a)); }
+inline void store_part(Float16* p, Vec a, int count) { _mm256_mask_storeu_epi16(p, first(count), narrow_float16(a)); }
+
+// A sum in float64, for the error sums.
+struct WideSum {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+
+  void add(Vec a) {
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
+
+}  // namespace

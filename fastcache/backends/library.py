@@ -1,0 +1,162 @@
+"""Registers the `fastcache` operators with PyTorch, once per process.
+
+Schemas come from csrc/schema.def: through the compiled CPU library where it was built, by reading
+the file otherwise. Every device without a kernel of its own runs the eager definition.
+"""
+import ctypes
+import hashlib
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastcache.backends import checks, eager
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).resolve().parent.parent
+SCHEMA_FILE = Path(__file__).with_name("schema.def")
+OPERATORS = ("residual_update", "residual_update_scatter_")
+
+
+@dataclass(frozen=True)
+class CompiledLibrary:
+    """A compiled kernel library: where it is, whether it runs here, and if not, why not."""
+
+    name: str
+    path: Path
+    loaded: bool
+    reason: str
+
+
+def schema_text() -> str:
+    """The content of csrc/schema.def."""
+    return SCHEMA_FILE.read_text()
+
+
+def schema_digest() -> str:
+    """First 16 hex digits of the SHA-256 of schema.def, as compiled into the libraries."""
+    return hashlib.sha256(schema_text().encode()).hexdigest()[:16]
+
+
+def schemas() -> list[str]:
+    """Every operator schema of schema.def."""
+    return re.findall(r'^FASTCACHE_OP\("(.*)"\)$', schema_text(), re.MULTILINE)
+
+
+def load(name: str) -> CompiledLibrary:
+    """Load lib/libfastcache_<name>.so. Absent is a state; present and broken raises ImportError."""
+    path = PACKAGE / "lib" / f"libfastcache_{name}.so"
+    if not path.exists():
+        return CompiledLibrary(name, path, False, f"not built: {path.name} is absent; build it with `pip install --no-build-isolation .` or `make env`")
+    try:
+        torch.ops.load_library(str(path))
+        digest = ctypes.CDLL(str(path)).fastcache_schema_digest
+    except (OSError, AttributeError, RuntimeError) as error:
+        raise ImportError(f"fastcache: {path.name} is there but cannot be loaded: {error}. Rebuild it with `pip install --no-build-isolation .` (or delete it to run on eager PyTorch)") from error
+    digest.restype = ctypes.c_char_p
+    built = digest().decode()
+    if built != schema_digest():
+        raise ImportError(f"fastcache: {path.name} was built from another operator schema ({built}, the sources have {schema_digest()}). Rebuild it with `pip install --no-build-isolation .` or `make env`")
+    return CompiledLibrary(name, path, True, "loaded")
+
+
+def cpu_capability(library: CompiledLibrary) -> str:
+    """Instruction set that the CPU library uses here (avx512, avx2 or default).
+
+    Raises RuntimeError if FASTCACHE_CPU_CAPABILITY asks for one that cannot run.
+    """
+    handle = ctypes.CDLL(str(library.path))
+    for name in ("fastcache_cpu_capability", "fastcache_cpu_capability_error"):
+        getattr(handle, name).restype = ctypes.c_char_p
+    found = handle.fastcache_cpu_capability()
+    if found is None:
+        raise RuntimeError(handle.fastcache_cpu_capability_error().decode())
+    return found.decode()
+
+
+def registered() -> bool:
+    """True if this process already has the operators (a second copy of the package, a reload)."""
+    return hasattr(torch.ops.fastcache, OPERATORS[0])
+
+
+def register() -> dict[str, CompiledLibrary]:
+    """Define the operators, load what was compiled, add fake, autograd and fallback kernels."""
+    if registered():
+        logger.warning("the fastcache operators are already registered in this process; the first registration stays")
+        reason = "registered by an earlier import of fastcache in this process"
+        return {name: CompiledLibrary(name, PACKAGE / "lib" / f"libfastcache_{name}.so", _has_kernel(key), reason) for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))}
+    if os.environ.get("FASTCACHE_NO_COMPILED") == "1":
+        absent = "switched off by FASTCACHE_NO_COMPILED=1"
+        libraries = {name: CompiledLibrary(name, PACKAGE / "lib" / f"libfastcache_{name}.so", False, absent) for name in ("cpu", "cuda")}
+    else:
+        libraries = {"cpu": load("cpu")}
+        libraries["cuda"] = _load_cuda(libraries["cpu"])
+    if not libraries["cpu"].loaded:
+        _LIBRARY.append(torch.library.Library("fastcache", "DEF"))
+        for schema in schemas():
+            _LIBRARY[0].define(schema)
+    else:
+        _LIBRARY.append(torch.library.Library("fastcache", "IMPL"))
+    for name in OPERATORS:
+        _LIBRARY[0].impl(name, getattr(eager, name), "CompositeExplicitAutograd")
+        _LIBRARY[0].impl(name, _forward_only(name), "Autograd", with_keyset=True)
+    torch.library.register_fake("fastcache::residual_update", _fake_update)
+    torch.library.register_fake("fastcache::residual_update_scatter_", _fake_scatter)
+    return libraries
+
+
+def _load_cuda(cpu: CompiledLibrary) -> CompiledLibrary:
+    path = PACKAGE / "lib" / "libfastcache_cuda.so"
+    if not path.exists():
+        return CompiledLibrary("cuda", path, False, "not built: needs FASTCACHE_CUDA=1, or a CUDA build of torch and a CUDA compiler")
+    if torch.version.cuda is None:
+        return CompiledLibrary("cuda", path, False, f"built, but torch {torch.__version__} is a CPU build")
+    if not cpu.loaded:
+        return CompiledLibrary("cuda", path, False, "the CPU library, which defines the operators, is not loaded")
+    return load("cuda")
+
+
+_LIBRARY: list[torch.library.Library] = []  # kept alive: dropping it would unregister the kernels
+
+
+def _has_kernel(key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcache::{OPERATORS[0]}", key)
+
+
+def refuse_grad(tensors) -> None:
+    """Raise if any of `tensors` would need a gradient now: the operators are forward-only."""
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError("fastcache operators are forward-only: an input requires grad in grad mode. Sample under torch.no_grad() or torch.inference_mode(), or detach the input")
+
+
+def _forward_only(name: str):
+    op = getattr(torch.ops.fastcache, name).default
+
+    def forward_only(keyset, *args, **kwargs):
+        if torch.is_grad_enabled():
+            refuse_grad(torch.utils._pytree.tree_leaves((args, kwargs)))
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return forward_only
+
+
+def _fake_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True):
+    checks.residual_update(x, features, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
+    return _fake_outputs(x, norm, row_slots, row_count, reference, need_x)
+
+
+def _fake_scatter(x, slot, fresh, fresh_slots, features, position=-1, slot_scale=None, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True):
+    checks.residual_update_scatter(x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
+    return _fake_outputs(x, norm, row_slots, row_count, reference, need_x)
+
+
+def _fake_outputs(x, norm, row_slots, row_count, reference, need_x):
+    B, N, D = x.shape
+    updated = x.new_empty((B, N, D) if need_x else 0)
+    h = x.new_empty((B, N if row_slots is None else row_count, D) if norm else 0)
+    errors = x.new_empty(0 if reference is None else (B, 3), dtype=torch.float32)
+    return updated, h, errors

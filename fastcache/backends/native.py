@@ -1,0 +1,22 @@
+"""Calls of the registered operators from eager Python: the cpp and cuda backends.
+
+The autograd key is skipped here because `fastcache.ops` has already refused inputs that need a
+gradient; fake tensors, functionalisation and profilers still see the call.
+"""
+import torch
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_update = torch.ops.fastcache.residual_update.default
+_scatter = torch.ops.fastcache.residual_update_scatter_.default
+
+
+def residual_update(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`torch.ops.fastcache.residual_update`, arguments in schema order."""
+    with _below_autograd():
+        return _update(*args)
+
+
+def residual_update_scatter_(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`torch.ops.fastcache.residual_update_scatter_`, arguments in schema order."""
+    with _below_autograd():
+        return _scatter(*args)

@@ -1,0 +1,19 @@
+"""All commands in one typer app."""
+import typer
+
+from fastcache.cli.demo import demo
+from fastcache.cli.plan import plan
+from fastcache.cli.quality import quality
+from fastcache.cli.sample import sample
+
+app = typer.Typer(name="fastcache", help="Feature caching for diffusion transformers.", no_args_is_help=True)
+for command in (demo, quality, sample, plan):
+    app.command()(command)
+
+
+@app.command()
+def doctor() -> None:
+    """Show which backends can run here, and why the others cannot."""
+    from fastcache.cli.doctor import doctor as examine
+
+    examine()

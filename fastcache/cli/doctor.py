@@ -1,0 +1,74 @@
+"""`fastcache doctor`."""
+import platform
+from typing import Annotated
+
+import numpy
+import torch
+from rich.console import Console
+from rich.table import Table
+from typer import Exit, Option
+
+import fastcache
+from fastcache import backends
+from fastcache.backends.library import OPERATORS, cpu_capability
+
+
+def doctor(verify: Annotated[bool, Option(help="Check every operator and backend on this machine against float64.")] = False) -> None:
+    """Show what was built, what runs where, and why the rest does not."""
+    console = Console()
+    console.print(f"fastcache {fastcache.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    console.print(_libraries())
+    console.print(_backends())
+    if verify and not _verified(console):
+        raise Exit(1)
+
+
+def _libraries() -> Table:
+    table = Table(title="compiled libraries", title_justify="left")
+    for heading in ("library", "loaded", "what it is, or why not"):
+        table.add_column(heading, overflow="fold")
+    for name, library in backends.LIBRARIES.items():
+        detail = f"instruction set {cpu_capability(library)}" if name == "cpu" and library.loaded else library.reason
+        table.add_row(library.path.name, "yes" if library.loaded else "no", detail)
+    try:
+        from fastcache import _C
+    except ImportError:
+        table.add_row("_C", "no", "build information was not built (optional)")
+    else:
+        table.add_row("_C", "yes", ", ".join(f"{key} {value}" for key, value in {**_C.build(), "this processor": _C.cpu_features()}.items()))
+    return table
+
+
+def _backends() -> Table:
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    table = Table(title="backends (operators: " + ", ".join(OPERATORS) + ")", title_justify="left")
+    for heading in ("backend", "runs", "reason", *(f"on {device}" for device in devices)):
+        table.add_column(heading, overflow="fold")
+    for name, status in backends.status().items():
+        marks = []
+        for device in devices:
+            order = backends.ORDER[device]
+            usable = status.available and name in order
+            marks.append("chosen" if usable and backends.chosen_name(torch.device(device)) == name else "yes" if usable else "-")
+        table.add_row(name, "yes" if status.available else "no", status.reason, *marks)
+    return table
+
+
+def _verified(console: Console) -> bool:
+    from fastcache.verify import verify
+
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    failures = 0
+    for device in devices:
+        table = Table(title=f"error against float64 on {device}, as a multiple of the eager definition's (at most 1.1)", title_justify="left")
+        verdicts = list(verify(device))
+        columns = list(dict.fromkeys((verdict.backend, verdict.dtype) for verdict in verdicts))
+        for heading in ("form", *(f"{backend}\n{dtype}" for backend, dtype in columns)):
+            table.add_column(heading)
+        for form in dict.fromkeys(verdict.form for verdict in verdicts):
+            row = {(v.backend, v.dtype): v for v in verdicts if v.form == form}
+            table.add_row(form, *(f"[{'green' if row[c].passed else 'red'}]{row[c].error or f'{row[c].ratio:.2f}'}[/]" for c in columns))
+        failures += sum(not verdict.passed for verdict in verdicts)
+        console.print(table)
+    console.print("every check passed" if not failures else f"[red]{failures} checks failed[/]")
+    return not failures

@@ -1,0 +1,18 @@
+"""Entry point of the `fastcache` command."""
+import sys
+
+from fastcache.extras import needs_extra
+
+
+def main() -> None:
+    """Run the command line. What is missing, a package or a file, is told in one line."""
+    try:
+        with needs_extra("demo"):
+            from fastcache.cli.app import app
+        app()
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        sys.exit(f"fastcache: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""How a host model is described: its blocks as lists of residual branches."""
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastcache.errors import HostError
+from fastcache.ops import Norm
+from fastcache.schedule import Layout
+
+
+@dataclass(frozen=True)
+class HostBranch:
+    """x <- x + gate * body(norm(x) * (1 + scale) + shift), as one block of the host has it.
+
+    body: the host's own submodule, [B, N, D] -> [B, N, D]. shift, scale, gate: rows of the
+    block's modulation [B, V, D], None where the host has none.
+    """
+
+    name: str
+    body: nn.Module
+    shift: int | None
+    scale: int | None
+    gate: int | None
+    norm: Norm = Norm.LAYER
+    eps: float = 1e-6
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
+class Host(abc.ABC):
+    """Adapter of one model family. Recognises by structure; calls the host's own modules."""
+
+    family: ClassVar[str]
+    vectors: ClassVar[int]  # V: modulation vectors per block
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    @abc.abstractmethod
+    def missing(cls, model: nn.Module) -> list[str]:
+        """What the model lacks to be of this family; empty if it is."""
+
+    @property
+    @abc.abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """Blocks in execution order."""
+
+    @abc.abstractmethod
+    def branches(self, block: nn.Module) -> tuple[HostBranch, ...]:
+        """Branches of a block in execution order."""
+
+    @abc.abstractmethod
+    def layout(self, tokens: int | None = None) -> Layout:
+        """The branches with their costs, for `tokens` per sample (the model's own size if None)."""
+
+    @abc.abstractmethod
+    def block_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(x [B, N, D], condition) from the arguments of a block's forward."""
+
+    @abc.abstractmethod
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """t from the arguments of the model's forward."""
+
+    @abc.abstractmethod
+    def modulation(self, block: nn.Module, condition: Tensor) -> Tensor:
+        """[B, V, D] modulation vectors of a block, by the host's own module (a view is fine)."""
+
+    @abc.abstractmethod
+    def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
+        """Gate [B, D] of every branch, computed alone where that is safe. `memo` lives one step."""
+
+    @abc.abstractmethod
+    def step_conditions(self, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Condition [S, B, D] that blocks will get at each of S timesteps, by the host's embedders."""
+
+
+def linear_flops(module: nn.Module) -> int:
+    """FLOPs per row of every Linear-like leaf in a module (LoRA and quantised layers included)."""
+    leaves = (m for m in module.modules() if isinstance(m, nn.Linear) or not any(m.children()))
+    return sum(2 * m.in_features * m.out_features for m in leaves if hasattr(m, "in_features") and hasattr(m, "out_features"))
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True if a module is exactly of `kind`, with plain weights and nothing hooked to its call."""
+    hooked = any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+    own_forward = "forward" in module.__dict__
+    plain_weights = all(type(parameter) in (nn.Parameter, Tensor) for parameter in module.parameters(recurse=False))
+    return type(module) is kind and not hooked and not own_forward and plain_weights
+
+
+def unknown_model(model: nn.Module, reasons: dict[str, list[str]]) -> HostError:
+    """The error for a model that no adapter recognises."""
+    looked = "; ".join(f"{family} needs {', '.join(missing)}" for family, missing in reasons.items())
+    return HostError(
+        f"{type(model).__name__} is not a model that FastCache knows: {looked}. Write an adapter: subclass fastcache.hosts.Host "
+        "(see fastcache/hosts/dit.py, 100 lines) and pass it as accelerate(..., host=MyHost), or use fastcache.ResidualStream in the model itself"
+    )
+

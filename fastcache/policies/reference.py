@@ -1,0 +1,29 @@
+"""The FLOP formula of the ToCa family's code, per module and call (spec section 2.1).
+
+It counts the blocks alone, one FLOP a multiply-add in the adaLN projection and two elsewhere, and
+serves only to compare with published figures; `StepPlan.flops` is the model's own count.
+"""
+from fastcache.schedule import Layout
+
+
+def attention_flops(layout: Layout, batch: int) -> int:
+    """Self-attention on all tokens: qkv, scores, softmax, weighted sum, projection."""
+    B, N, C, H = batch, layout.tokens, layout.width, layout.heads
+    return 6 * B * N * C**2 + B * N * C + 4 * B * H * N**2 * (C // H) + 5 * B * H * N**2 + 2 * B * N * C**2
+
+
+def mlp_flops(layout: Layout, batch: int, tokens: int) -> int:
+    """MLP with ratio 4 on `tokens` tokens a sample."""
+    B, C = batch, layout.width
+    return 16 * B * tokens * C**2 + 24 * B * tokens * C
+
+
+def block_overhead_flops(layout: Layout, batch: int) -> int:
+    """LayerNorm, counted once a block with all tokens, and the adaLN projection."""
+    B, N, C = batch, layout.tokens, layout.width
+    return 2 * B * N * C + B * C + 6 * B * C**2
+
+
+def full_block_flops(layout: Layout, batch: int) -> int:
+    """A block that computes everything."""
+    return attention_flops(layout, batch) + mlp_flops(layout, batch, layout.tokens) + block_overhead_flops(layout, batch)

@@ -1,0 +1,275 @@
+"""What is done at every step, layer and branch: the vocabulary that every policy compiles to."""
+import enum
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fastcache.errors import ScheduleError
+
+FORMAT = "fastcache-schedule/1"
+
+
+class Kind(enum.Enum):
+    """Where a branch's feature comes from at a step."""
+
+    COMPUTE = "C"  # computed on all tokens, and stored
+    REUSE = "R"  # the stored one
+    REFRESH = "P"  # the stored one, after some tokens were recomputed into it
+    FORECAST = "F"  # a linear combination of the last order + 1 stored ones
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One cell of the plan. `tokens` per sample of a REFRESH, `order` of a FORECAST."""
+
+    kind: Kind
+    tokens: int | None = None
+    order: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tokens is not None) != (self.kind is Kind.REFRESH) or (self.tokens or 0) < 0:
+            raise ScheduleError(f"tokens: a REFRESH, and only a REFRESH, has a number of tokens >= 0, got {self.kind.name} with {self.tokens}")
+        if (self.order is not None) != (self.kind is Kind.FORECAST) or (self.order or 0) < 0:
+            raise ScheduleError(f"order: a FORECAST, and only a FORECAST, has an order >= 0, got {self.kind.name} with {self.order}")
+
+    @property
+    def code(self) -> str:
+        """Short text form: C, R, P<tokens> or F<order>."""
+        number = self.tokens if self.kind is Kind.REFRESH else self.order
+        return self.kind.value + ("" if number is None else str(number))
+
+    @staticmethod
+    def from_code(code: str) -> "Action":
+        """Inverse of `code`; ScheduleError for anything else."""
+        try:
+            kind = Kind(code[:1])
+            number = int(code[1:]) if code[1:] else None
+        except ValueError:
+            raise ScheduleError(f"action: expected C, R, P<tokens> or F<order>, got {code!r}") from None
+        return Action(kind, tokens=number if kind is Kind.REFRESH else None, order=number if kind is Kind.FORECAST else None)
+
+
+COMPUTE = Action(Kind.COMPUTE)
+REUSE = Action(Kind.REUSE)
+
+
+def refresh(tokens: int) -> Action:
+    """Recompute `tokens` tokens per sample into the stored feature, and use it."""
+    return Action(Kind.REFRESH, tokens=tokens)
+
+
+def forecast(order: int) -> Action:
+    """Use a combination of the last order + 1 stored features."""
+    return Action(Kind.FORECAST, order=order)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One residual branch of a host. FLOPs count 2 per multiply-add, for one sample.
+
+    block: index of the block in execution order. name: its name in the host (attn, mlp).
+    flops_per_token: matrix-multiply FLOPs per computed token. flops_per_pair: attention FLOPs per
+    (computed token, attended token) pair.
+    """
+
+    block: int
+    name: str
+    flops_per_token: int
+    flops_per_pair: int = 0
+
+    def flops(self, tokens: int, attended: int) -> int:
+        """FLOPs of computing `tokens` tokens of one sample, each attending to `attended`."""
+        return tokens * (self.flops_per_token + self.flops_per_pair * attended)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The branches of a host in execution order, with what each costs.
+
+    tokens N per sample; width D; fixed_flops per sample and step outside the blocks (embedders,
+    final layer); modulation_flops per sample, step and block (adaLN projections).
+    """
+
+    family: str
+    tokens: int
+    width: int
+    heads: int
+    branches: tuple[Branch, ...]
+    fixed_flops: int = 0
+    modulation_flops: int = 0
+
+    @cached_property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return 1 + max((branch.block for branch in self.branches), default=-1)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Branch names in the order in which they first appear."""
+        return tuple(dict.fromkeys(branch.name for branch in self.branches))
+
+    def branches_of(self, block: int) -> list[tuple[int, Branch]]:
+        """(index in the plan, branch) of one block's branches."""
+        return [(index, branch) for index, branch in enumerate(self.branches) if branch.block == block]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The actions of one step, one per branch of the layout; `skip` replaces the whole trunk."""
+
+    layout: Layout
+    actions: tuple[Action, ...]
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.actions) != len(self.layout.branches):
+            raise ScheduleError(f"actions: expected one per branch ({len(self.layout.branches)}), got {len(self.actions)}")
+
+    @cached_property
+    def kind(self) -> str:
+        """full, reuse, partial, forecast or skip; mixed if full and cached branches meet."""
+        if self.skip:
+            return "skip"
+        kinds = {action.kind for action in self.actions}
+        if kinds <= {Kind.COMPUTE}:
+            return "full"
+        if Kind.COMPUTE in kinds:
+            return "mixed"
+        if Kind.REFRESH in kinds:
+            return "partial"
+        return "forecast" if Kind.FORECAST in kinds else "reuse"
+
+    def flops(self, batch: int = 1) -> int:
+        """FLOPs of the whole model at this step: matrix multiplies and attention, 2 per MAC.
+
+        The modulation projections of every block count in full, as the originals run them.
+        """
+        N = self.layout.tokens
+        total = self.layout.fixed_flops
+        if not self.skip:
+            total += self.layout.modulation_flops * self.layout.depth
+            for action, branch in zip(self.actions, self.layout.branches, strict=True):
+                if action.kind is Kind.COMPUTE:
+                    total += branch.flops(N, N)
+                elif action.kind is Kind.REFRESH:
+                    total += branch.flops(min(action.tokens, N), N)
+        return batch * total
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A plan per step of one generation, in execution order. `policy` is for people to read."""
+
+    layout: Layout
+    steps: tuple[StepPlan, ...]
+    policy: str = ""
+    fields: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ScheduleError("steps: a schedule needs at least one step")
+        for index, step in enumerate(self.steps):
+            if step.layout != self.layout:
+                raise ScheduleError(f"steps[{index}]: was made for another layout")
+
+    @property
+    def num_steps(self) -> int:
+        """Model evaluations per generation."""
+        return len(self.steps)
+
+    @cached_property
+    def uncached(self) -> bool:
+        """True if every step computes every branch: nothing is ever reused."""
+        return all(step.kind == "full" for step in self.steps)
+
+    @cached_property
+    def skips(self) -> bool:
+        """True if some step skips the trunk."""
+        return any(step.skip for step in self.steps)
+
+    def kinds(self) -> dict[str, int]:
+        """Number of steps of each kind."""
+        return dict(Counter(step.kind for step in self.steps))
+
+    def flops(self, batch: int = 1) -> int:
+        """FLOPs of one generation (StepPlan.flops summed)."""
+        return sum(step.flops(batch) for step in self.steps)
+
+    def uncached_flops(self, batch: int = 1) -> int:
+        """FLOPs of the same generation with every branch computed at every step."""
+        return self.num_steps * full_step(self.layout).flops(batch)
+
+    def ideal_speedup(self) -> float:
+        """Uncached FLOPs / planned FLOPs: the speedup if time were matrix multiplies alone."""
+        return self.uncached_flops() / self.flops()
+
+    def to_json(self) -> str:
+        """The schedule as JSON text; `from_json` gives an equal schedule back."""
+        layout = self.layout
+        return json.dumps({
+            "format": FORMAT, "policy": self.policy, "fields": self.fields,
+            "layout": {
+                "family": layout.family, "tokens": layout.tokens, "width": layout.width, "heads": layout.heads, "fixed_flops": layout.fixed_flops, "modulation_flops": layout.modulation_flops,
+                "branches": [[branch.block, branch.name, branch.flops_per_token, branch.flops_per_pair] for branch in layout.branches],
+            },
+            "steps": ["skip" if step.skip else " ".join(action.code for action in step.actions) for step in self.steps],
+        }, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "Schedule":
+        """Read `to_json`'s form. Raises ScheduleError naming the entry that does not fit."""
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ScheduleError(f"schedule: not JSON: {error}") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ScheduleError(f"format: expected {FORMAT!r}, got {found.get('format') if isinstance(found, dict) else type(found).__name__!r}")
+        try:
+            shape = dict(found["layout"])
+            layout = Layout(**{**shape, "branches": tuple(Branch(*entry) for entry in shape["branches"])})
+            steps = tuple(_step_from_text(layout, index, line) for index, line in enumerate(found["steps"]))
+        except (KeyError, TypeError) as error:
+            raise ScheduleError(f"schedule: missing or malformed entry: {error}") from None
+        return Schedule(layout, steps, found.get("policy", ""), found.get("fields", {}))
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> "Schedule":
+        """Read a file that `save` wrote."""
+        return Schedule.from_json(Path(path).read_text())
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture of what every step (across) and branch (down) does. Needs matplotlib."""
+        from fastcache.drawing import draw_schedules
+
+        draw_schedules({self.policy or "schedule": self}, path)
+
+
+def full_step(layout: Layout) -> StepPlan:
+    """A step that computes every branch."""
+    return uniform_step(layout, COMPUTE)
+
+
+def uniform_step(layout: Layout, action: Action) -> StepPlan:
+    """A step in which every branch does the same."""
+    return StepPlan(layout, (action,) * len(layout.branches))
+
+
+def skip_step(layout: Layout) -> StepPlan:
+    """A step that replaces the whole trunk by its last output."""
+    return StepPlan(layout, (REUSE,) * len(layout.branches), skip=True)
+
+
+def _step_from_text(layout: Layout, index: int, line: str | Sequence[str]) -> StepPlan:
+    if line == "skip":
+        return skip_step(layout)
+    try:
+        return StepPlan(layout, tuple(Action.from_code(code) for code in str(line).split()))
+    except ScheduleError as error:
+        raise ScheduleError(f"steps[{index}]: {error}") from None

@@ -1,0 +1,173 @@
+"""The residual stream: updates are queued, and one launch applies them all.
+
+    stream = ResidualStream(x)
+    h = stream.modulated(shift, scale)       # LayerNorm + adaLN modulate
+    stream.add(attention(h), gate)           # queued, not yet run
+    h = stream.modulated(shift2, scale2)     # one launch: add, norm, modulate
+    stream.add(mlp(h), gate2)
+    x = stream.value()                       # one launch: add
+"""
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcache.backends.checks import MAX_TERMS
+from fastcache.ops import Norm, SlotMap, residual_update, residual_update_scatter_
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One queued update: weight * gate * feature.
+
+    gate is a vector, or packed gates [G, *vector] of which `gate_row` is meant.
+    """
+
+    feature: Tensor
+    gate: Tensor | None = None
+    gate_row: int | None = None
+    weight: float | None = None
+    fresh: Tensor | None = None  # rows that `feature`, an owned slot, takes first
+    fresh_slots: Tensor | None = None
+
+
+class ResidualStream:
+    """x [B, N, D] plus a queue of updates. x is never modified; every result is a new tensor.
+
+    x must not be modified from outside while updates are pending: that is an error at the next
+    launch (inference tensors excepted, which PyTorch does not track).
+    """
+
+    def __init__(self, x: Tensor, pending: tuple[Term, ...] = (), guard: int | None = None) -> None:
+        if x.ndim != 3:
+            raise ValueError(f"x: expected [B, N, D], got {list(x.shape)}")
+        self._x = x
+        self._guard = tensor_version(x) if guard is None else guard
+        self._pending: list[Term] = list(pending)
+        self._refreshing = any(term.fresh is not None for term in pending)
+
+    @property
+    def pending(self) -> tuple[Term, ...]:
+        """Updates that are queued and not applied."""
+        return tuple(self._pending)
+
+    @property
+    def base(self) -> Tensor:
+        """The stream without what is pending."""
+        return self._x
+
+    @property
+    def guard(self) -> int | None:
+        """Version of `base` when it was taken, None where PyTorch keeps none."""
+        return self._guard
+
+    def add(self, feature: Tensor, gate: Tensor | None = None, *, gate_row: int | None = None, weight: float | None = None) -> None:
+        """Queue x += weight * gate * feature; feature [B, N, D], gate a vector (or packed, with `gate_row`)."""
+        self._queue(Term(feature, gate, gate_row, weight))
+
+    def refresh(self, slot: Tensor, fresh: Tensor, slots: SlotMap | None = None, gate: Tensor | None = None, *, gate_row: int | None = None) -> None:
+        """Queue: slot [B, N, D] takes the fresh rows [B, K, D] of `slots` (all rows without), then x += gate * slot."""
+        if self._refreshing:
+            self._flush()
+        self._queue(Term(slot, gate, gate_row, None, fresh, None if slots is None else slots.slots))
+        self._refreshing = True
+
+    def modulated(self, shift: Tensor | None = None, scale: Tensor | None = None, *, rows: SlotMap | None = None, norm: Norm = Norm.LAYER, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+        """Apply what is pending and return norm(x) * (1 + scale) + shift in the same launch.
+
+        shift, scale: vectors; weight, bias: [D], the affine part of the norm; rows: only these
+        tokens, packed to [B, K, D]. Returns [B, N, D] or [B, K, D] in x's dtype.
+        """
+        return self._flush(norm=norm, shift=shift, scale=scale, norm_weight=weight, norm_bias=bias, eps=eps, rows=rows)
+
+    def value(self) -> Tensor:
+        """Apply what is pending and return x; with nothing pending, the current x itself."""
+        if self._pending:
+            self._flush()
+        return self._x
+
+    def _queue(self, term: Term) -> None:
+        # all features of one launch share a dtype, and a launch holds MAX_TERMS of them
+        if self._pending and (term.feature.dtype != self._pending[0].feature.dtype or len(self._pending) == MAX_TERMS):
+            self._flush()
+        self._pending.append(term)
+
+    def _flush(self, norm: Norm = Norm.NONE, shift=None, scale=None, norm_weight=None, norm_bias=None, eps: float = 1e-6, rows: SlotMap | None = None) -> Tensor | None:
+        if self._guard is not None and self._x._version != self._guard:
+            raise RuntimeError("x was modified in place while updates of the residual stream were pending; modify a copy, or call stream.value() first and open a new stream on what you modify")
+        terms, self._pending, self._refreshing = self._pending, [], False
+        gates, gate_index = packed_gates(terms, self._x)
+        position = next((j for j, term in enumerate(terms) if term.fresh is not None), None)
+        options = dict(
+            gates=gates, gate_index=gate_index, weights=weight_row(terms, self._x.device), norm=norm, shift=shift, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+            row_slots=None if rows is None else rows.slots, row_count=0 if rows is None else rows.count, need_x=bool(terms),
+        )
+        if position is None:
+            result = residual_update(self._x, [term.feature for term in terms], **options)
+        else:
+            features = [term.feature for j, term in enumerate(terms) if j != position]
+            slot = terms[position]
+            result = residual_update_scatter_(self._x, slot.feature, slot.fresh, slot.fresh_slots, features, position=position, **options)
+        if terms:
+            self._x, self._guard = result.x, tensor_version(result.x)
+        return result.h
+
+
+def tensor_version(tensor: Tensor) -> int | None:
+    """In-place modification counter, or None where there is none to read (inference, tracing)."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def packed_gates(terms: list[Term], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gates of all terms in the form of the operator: (gates, gate_index)."""
+    gated = [term for term in terms if term.gate is not None]
+    if not gated:
+        return None, None
+    first = gated[0]
+    if all(term.gate is first.gate for term in gated):
+        if first.gate_row is not None and (len(terms) > 1):
+            return first.gate, constant_row(tuple(-1 if term.gate is None else term.gate_row for term in terms), torch.int32, x.device)
+        gate = first.gate if first.gate_row is None else first.gate[first.gate_row]
+        if len(gated) == len(terms):
+            return gate, None
+        return gate[None], constant_row(tuple(-1 if term.gate is None else 0 for term in terms), torch.int32, x.device)
+    vectors = [_vector_3d(term.gate if term.gate_row is None else term.gate[term.gate_row], x) for term in gated]
+    frames = max(vector.shape[1] for vector in vectors)
+    batch = max(vector.shape[0] for vector in vectors)
+    packed = torch.stack([_frames(vector, frames).expand(batch, frames, -1) for vector in vectors])
+    rows = iter(range(len(gated)))
+    return packed, constant_row(tuple(-1 if term.gate is None else next(rows) for term in terms), torch.int32, x.device)
+
+
+def weight_row(terms: list[Term], device: torch.device) -> Tensor | None:
+    """[J] float32 weights of the terms, or None if every weight is one."""
+    if all(term.weight is None for term in terms):
+        return None
+    return constant_row(tuple(1.0 if term.weight is None else float(term.weight) for term in terms), torch.float32, device)
+
+
+def constant_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small device tensor of host values; kept, so that a repeated step copies nothing."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept_row(values, dtype, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _vector_3d(vector: Tensor, x: Tensor) -> Tensor:
+    """[B or 1, F, D] form of a vector."""
+    if vector.ndim == 1:
+        return vector[None, None]
+    return vector[:, None] if vector.ndim == 2 else vector
+
+
+def _frames(vector: Tensor, frames: int) -> Tensor:
+    if vector.shape[1] in (1, frames):
+        return vector.expand(-1, frames, -1)
+    return vector.repeat_interleave(frames // vector.shape[1], dim=1)
