@@ -47,6 +47,8 @@ class Action:
         try:
             kind = Kind(code[:1])
             number = int(code[1:]) if code[1:] else None
+            if number is not None and kind in (Kind.COMPUTE, Kind.REUSE):
+                raise ValueError(code)
         except ValueError:
             raise ScheduleError(f"action: expected C, R, P<tokens> or F<order>, got {code!r}") from None
         return Action(kind, tokens=number if kind is Kind.REFRESH else None, order=number if kind is Kind.FORECAST else None)

@@ -415,19 +415,28 @@ def assert_outputs(call: Call, result: ResidualUpdate, updated: Tensor) -> None:
         assert_within(result.errors, errors, 8 * unit(torch.float32) * errors.sum(1, keepdim=True) + 1e-30, "errors")
 
 
-def verify(form: Form, backend: str) -> ResidualUpdate:
-    """Run a form on a backend; assert its outputs, what it stored, and that it wrote nowhere else."""
-    call = build(form)
+def verify(form: Form, backend: str, prepare: Callable[[Call], None] = lambda call: None) -> ResidualUpdate:
+    """Run a form on a backend; assert its outputs, what it stored, and that it wrote nowhere else.
+
+    prepare: edits the values of a freshly built call in place.
+    """
+
+    def ready(form: Form) -> Call:
+        call = build(form)
+        prepare(call)
+        return call
+
+    call = ready(form)
     before = call.snapshot()
     result = call.run(backend)
     if call.scatter:
         # the definition writes into equal memory: every byte must agree, the sentinels included
-        twin = build(form)
+        twin = ready(form)
         eager.store_rows_(twin.arguments["slot"], twin.arguments["fresh"], twin.arguments["fresh_slots"], twin.arguments["slot_scale"])
         before |= {name: bytes_ for name, bytes_ in twin.snapshot().items() if name in ("slot", "slot_scale")}
     for name, bytes_ in call.snapshot().items():
         assert torch.equal(bytes_, before[name]), f"{name}: bytes differ from what they should be after the call"
-    updated = result.x if result.x is not None else build(replace(form, need_x=True)).run(backend).x
+    updated = result.x if result.x is not None else ready(replace(form, need_x=True)).run(backend).x
     assert_outputs(call, result, updated)
     return result
 

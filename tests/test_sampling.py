@@ -7,6 +7,7 @@ from fastcache.models import DiT
 from fastcache.sampling import SCHEDULERS, Diffusion, PictureNoise, make_scheduler, sample
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under numpy 2
 
 
 def small_model(learn_sigma: bool = False) -> DiT:
@@ -54,14 +55,14 @@ def test_noise_of_neighbouring_seeds_and_indices_is_unrelated():
 def test_ddim_with_the_exact_noise_of_a_known_picture_recovers_it():
     picture = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
     model = small_model()
-    alpha_bar = make_scheduler("ddim", 6, Diffusion()).alphas_cumprod
+    alpha_bar = make_scheduler("ddim", 5, Diffusion()).alphas_cumprod
 
     def noise_of(x, t, y):
         a = alpha_bar[t.long()][:, None, None, None]
         return (x - a.sqrt() * picture) / (1 - a).sqrt()
 
     model.forward = noise_of
-    torch.testing.assert_close(quick(model, [0]), picture, rtol=0, atol=1e-3)
+    torch.testing.assert_close(quick(model, [0], steps=5), picture, rtol=0, atol=1e-3)
 
 
 def test_guidance_of_one_calls_the_model_without_the_unconditional_half():

@@ -19,6 +19,7 @@ extern const Kernels kernels_avx512, kernels_avx2, kernels_default;
 // that is unknown or not supported here.
 const Kernels& kernels();
 
-FASTCACHE_INLINE int64_t scratch_floats(const Plan& plan) { return (plan.block_rows + 2) * pitch_of(plan.D); }
+// Sums and rounded rows of a group, and the factor and offset of the modulation.
+FASTCACHE_INLINE int64_t scratch_floats(const Plan& plan) { return (2 * kGroup + 2) * pitch_of(plan.D); }
 
 }  // namespace fastcache

@@ -134,8 +134,8 @@ void run_blocks(int64_t begin, int64_t end, void* context) {
 
 void run(Plan& plan, const Kernels& kernels) {
   if (plan.B == 0 || plan.N == 0 || plan.D == 0) return;
-  plan.blocks_per_sample = (plan.N + plan.block_rows - 1) / plan.block_rows;
-  const int64_t block = plan.block_rows * plan.D * (plan.term_count + 1);
+  plan.blocks_per_sample = (plan.N + kGroup - 1) / kGroup;
+  const int64_t block = kGroup * plan.D * (plan.term_count + 1);
   Launch launch{&plan, &kernels};
   if (torch_parallel_for(0, plan.B * plan.blocks_per_sample, (kElementsPerThread + block - 1) / block, run_blocks, &launch) != 0) {
     fail("residual_update: out of memory, or an error in PyTorch's thread pool");

@@ -1,13 +1,8 @@
-// What happens to one finished row of sums: round it to x', normalise the rounded row, modulate.
-// Three passes over a row that stays in the first cache level; two-pass variance.
+// What happens to finished rows: normalise the rounded x', modulate. Two passes over rows that stay
+// in the first cache level (the row sum came with the rounding); the variance is two-pass.
 #pragma once
 
 namespace {
-
-using fastcache::Norm;
-using fastcache::Plan;
-using fastcache::Type;
-using fastcache::Vector;
 
 template <class T>
 inline void widen_row(const T* from, float* to, int64_t D) {
@@ -103,89 +98,116 @@ struct Modulation {
   }
 };
 
-// Rounds the sums to X and writes x'.
+// Rounds sums to X; returns the sum of the rounded values.
 template <class X>
-inline void write_row(const float* sums, X* updated, int64_t D) {
-  int64_t c = 0;
-  for (; c + kLanes <= D; c += kLanes) store(updated + c, rounded(load(sums + c), updated));
-  if (c < D) store_part(updated + c, rounded(load(sums + c), updated), int(D - c));
-}
-
-// The same for a row that is normalised: x' is written if it is wanted, the rounded values are left
-// in `sums`, and their sum is returned.
-template <class X>
-inline float round_row(float* sums, X* updated, int64_t D) {
-  const X* type = nullptr;
-  Vec even = broadcast(0.0f), odd = broadcast(0.0f);
+inline float round_row(const float* sums, X* row, int64_t D) {
+  Vec total = broadcast(0.0f);
   int64_t c = 0;
   for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
-    const Vec a = rounded(load(sums + c), type);
-    const Vec b = rounded(load(sums + c + kLanes), type);
-    store(sums + c, a);
-    store(sums + c + kLanes, b);
-    if (updated) {
-      store(updated + c, a);
-      store(updated + c + kLanes, b);
-    }
-    even = add(even, a);
-    odd = add(odd, b);
+    Vec a = load(sums + c), b = load(sums + c + kLanes);
+    store_pair(row + c, a, b);
+    total = add(total, add(a, b));
   }
   for (; c < D; c += kLanes) {
-    const int count = D - c < kLanes ? int(D - c) : kLanes;
-    const Vec a = keep_first(rounded(load(sums + c), type), count);
-    store(sums + c, a);
-    if (updated) store_part(updated + c, a, count);
-    even = add(even, a);
+    const int rest = D - c < kLanes ? int(D - c) : kLanes;
+    const Vec a = keep_first(rounded(load(sums + c), row), rest);
+    store_part(row + c, a, rest);
+    total = add(total, a);
   }
-  return sum(add(even, odd));
+  return sum(total);
 }
 
-inline float sum_of_squares(const float* row, float mean, int64_t D) {
+template <class X>
+inline float row_total(const X* row, int64_t D) {
+  Vec total = broadcast(0.0f);
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
+    Vec a, b;
+    load_pair(row + c, a, b);
+    total = add(total, add(a, b));
+  }
+  for (; c < D; c += kLanes) total = add(total, load_part(row + c, D - c < kLanes ? int(D - c) : kLanes));
+  return sum(total);
+}
+
+template <class X>
+inline float sum_of_squares(const X* row, float mean, int64_t D) {
   const Vec centre = broadcast(mean);
   Vec even = broadcast(0.0f), odd = broadcast(0.0f);
   int64_t c = 0;
   for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
-    const Vec a = sub(load(row + c), centre);
-    const Vec b = sub(load(row + c + kLanes), centre);
+    Vec a, b;
+    load_pair(row + c, a, b);
+    a = sub(a, centre);
+    b = sub(b, centre);
     even = fma(a, a, even);
     odd = fma(b, b, odd);
   }
   for (; c < D; c += kLanes) {
-    const Vec a = keep_first(sub(load(row + c), centre), D - c < kLanes ? int(D - c) : kLanes);
+    const int rest = D - c < kLanes ? int(D - c) : kLanes;
+    const Vec a = keep_first(sub(load_part(row + c, rest), centre), rest);
     even = fma(a, a, even);
   }
   return sum(add(even, odd));
 }
 
-template <class X>
-inline void modulate_row(const float* row, float mean, float factor, const Modulation& m, X* h, int64_t D) {
-  const Vec centre = broadcast(mean), inverse = broadcast(factor);
+// h = (row - mean) * inverse * factor + offset, for R rows that share factor and offset.
+template <class X, int R>
+inline void modulate_rows(const X* const* rows, const float* means, const float* inverses, const Modulation& modulation, X* const* h, int64_t D) {
+  Vec mean[R], inverse[R];
+  for (int r = 0; r < R; ++r) mean[r] = broadcast(means[r]), inverse[r] = broadcast(inverses[r]);
   int64_t c = 0;
-  for (; c + kLanes <= D; c += kLanes) {
-    const Vec value = mul(sub(load(row + c), centre), inverse);
-    store(h + c, rounded(fma(value, load(m.factor + c), load(m.offset + c)), h));
+  for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
+    const Vec factor_a = load(modulation.factor + c), factor_b = load(modulation.factor + c + kLanes);
+    const Vec offset_a = load(modulation.offset + c), offset_b = load(modulation.offset + c + kLanes);
+    for (int r = 0; r < R; ++r) {
+      Vec a, b;
+      load_pair(rows[r] + c, a, b);
+      a = fma(mul(sub(a, mean[r]), inverse[r]), factor_a, offset_a);
+      b = fma(mul(sub(b, mean[r]), inverse[r]), factor_b, offset_b);
+      store_pair(h[r] + c, a, b);
+    }
   }
-  if (c < D) {
-    const Vec value = mul(sub(load(row + c), centre), inverse);
-    store_part(h + c, rounded(fma(value, load(m.factor + c), load(m.offset + c)), h), int(D - c));
+  for (; c < D; c += kLanes) {
+    const int rest = D - c < kLanes ? int(D - c) : kLanes;
+    for (int r = 0; r < R; ++r) {
+      const Vec value = mul(sub(load_part(rows[r] + c, rest), mean[r]), inverse[r]);
+      store_part(h[r] + c, rounded(fma(value, load(modulation.factor + c), load(modulation.offset + c)), h[r]), rest);
+    }
   }
 }
 
+// Normalises and modulates finished rows [n, n + count) of x' (type X); totals are their sums.
 template <class X>
-void finish_row(const Plan& plan, int64_t b, int64_t n, int64_t target, float* sums, Modulation& modulation) {
-  X* updated = plan.updated ? reinterpret_cast<X*>(plan.updated.at(b, n)) : nullptr;
-  if (plan.norm == Norm::kNone || target < 0) {
-    if (updated) write_row(sums, updated, plan.D);
+void norm_rows(const Plan& plan, int64_t b, int64_t n, int count, char* const* finished, const float* totals, Modulation& modulation) {
+  const X* rows[kGroup];
+  X* h[kGroup];
+  float mean[kGroup], inverse[kGroup];
+  int wanted = 0;
+  bool shared = true;  // do all wanted rows share their modulation?
+  for (int r = 0; r < count; ++r) {
+    const int64_t target = plan.target ? plan.target[b * plan.N + n + r] : n + r;
+    if (target < 0) continue;
+    const X* row = reinterpret_cast<const X*>(finished[r]);
+    const int w = wanted++;
+    rows[w] = row;
+    h[w] = reinterpret_cast<X*>(plan.modulated.at(b, target));
+    mean[w] = plan.norm == Norm::kLayer ? totals[r] / float(plan.D) : 0.0f;
+    inverse[w] = plan.norm == Norm::kIdentity ? 1.0f : 1.0f / __builtin_sqrtf(sum_of_squares(row, mean[w], plan.D) / float(plan.D) + plan.eps);
+    shared = shared && plan.shift.at(b, n + r) == plan.shift.at(b, n) && plan.scale.at(b, n + r) == plan.scale.at(b, n);
+    if (!shared || count < kGroup) {
+      modulation.prepare(plan, b, n + r);
+      modulate_rows<X, 1>(&rows[w], &mean[w], &inverse[w], modulation, &h[w], plan.D);
+      --wanted;
+    }
+  }
+  if (wanted == 0) return;
+  modulation.prepare(plan, b, n);
+  if (wanted == kGroup) {
+    modulate_rows<X, kGroup>(rows, mean, inverse, modulation, h, plan.D);
     return;
   }
-  const float total = round_row(sums, updated, plan.D);
-  modulation.prepare(plan, b, n);
-  float mean = 0.0f, factor = 1.0f;
-  if (plan.norm == Norm::kLayer) mean = total / float(plan.D);
-  if (plan.norm != Norm::kIdentity) {
-    factor = 1.0f / __builtin_sqrtf(sum_of_squares(sums, mean, plan.D) / float(plan.D) + plan.eps);
-  }
-  modulate_row(sums, mean, factor, modulation, reinterpret_cast<X*>(plan.modulated.at(b, target)), plan.D);
+  for (int w = 0; w < wanted; ++w) modulate_rows<X, 1>(rows + w, mean + w, inverse + w, modulation, h + w, plan.D);
 }
 
 }  // namespace

@@ -7,14 +7,22 @@
 
 #include "fastcache/plan.h"
 #include "vec.h"
+
+namespace {
+
+using fastcache::kGroup;
+using fastcache::Norm;
+using fastcache::Plan;
+using fastcache::Term;
+using fastcache::Type;
+using fastcache::Vector;
+
+}  // namespace
+
 #include "residual_update_norm.h"
 #include "residual_update_sum.h"
 
 namespace {
-
-using fastcache::Plan;
-using fastcache::Term;
-using fastcache::Type;
 
 // Converts one row into the slot: a copy with one rounding, or float8 with its row scale.
 template <class F>
@@ -85,29 +93,50 @@ void error_rows(const Plan& plan, int64_t b, int64_t first, int64_t last) {
   }
 }
 
+// Tokens [n, n + rows) of sample b, which share a gate row.
+template <class X>
+void group_of_rows(const Plan& plan, int64_t b, int64_t n, int rows, float* scratch, Modulation& modulation) {
+  Group group;
+  group.b = b;
+  group.n = n;
+  group.rows = rows;
+  group.sums = scratch;
+  group.pitch = fastcache::pitch_of(plan.D);
+  for (int r = 0; r < rows; ++r) {
+    char* spare = reinterpret_cast<char*>(scratch + (kGroup + r) * group.pitch);
+    group.rounded[r] = plan.updated ? plan.updated.at(b, n + r) : spare;
+    group.total[r] = 0.0f;
+  }
+  if (plan.term_count > 0) {
+    sum_terms<X>(plan, group);
+  } else {
+    for (int r = 0; r < rows; ++r) {
+      const X* x = reinterpret_cast<const X*>(plan.x.at(b, n + r));
+      if (plan.updated) __builtin_memcpy(group.rounded[r], x, plan.D * sizeof(X));
+      group.rounded[r] = plan.x.at(b, n + r);
+      if (plan.norm == Norm::kLayer) group.total[r] = row_total(x, plan.D);
+    }
+  }
+  if (plan.norm != Norm::kNone) norm_rows<X>(plan, b, n, rows, group.rounded, group.total, modulation);
+}
+
 template <class X>
 void blocks(const Plan& plan, int64_t begin, int64_t end, float* scratch) {
   const int64_t pitch = fastcache::pitch_of(plan.D);
-  float* sums = scratch;
-  Modulation modulation{scratch + plan.block_rows * pitch, scratch + (plan.block_rows + 1) * pitch};
+  Modulation modulation{scratch + 2 * kGroup * pitch, scratch + (2 * kGroup + 1) * pitch};
   const bool packed_only = plan.target && !plan.updated;
+  const bool stream = plan.updated || plan.norm != Norm::kNone;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / plan.blocks_per_sample;
-    const int64_t first = block % plan.blocks_per_sample * plan.block_rows;
-    const int64_t last = first + plan.block_rows < plan.N ? first + plan.block_rows : plan.N;
+    const int64_t first = block % plan.blocks_per_sample * kGroup;
+    const int64_t last = first + kGroup < plan.N ? first + kGroup : plan.N;
     if (plan.store.slot) store_rows(plan, b, first, last);
     if (plan.reference) error_rows(plan, b, first, last);
-    if (!plan.updated && plan.norm == fastcache::Norm::kNone) continue;
-    if (!packed_only) {
-      sum_terms<X>(plan, b, first, last, sums, pitch);
-    }
-    for (int64_t n = first; n < last; ++n) {
-      const int64_t row = plan.target ? plan.target[b * plan.N + n] : n;
-      if (packed_only) {
-        if (row < 0) continue;
-        sum_terms<X>(plan, b, n, n + 1, sums + (n - first) * pitch, pitch);
-      }
-      finish_row<X>(plan, b, n, row, sums + (n - first) * pitch, modulation);
+    for (int64_t n = first; n < last && stream;) {
+      const bool shared = !plan.gates.row || plan.gates.span - n % plan.gates.span >= kGroup;
+      const int rows = last - n == kGroup && shared && !packed_only ? kGroup : 1;
+      if (!packed_only || plan.target[b * plan.N + n] >= 0) group_of_rows<X>(plan, b, n, rows, scratch, modulation);
+      n += rows;
     }
   }
 }

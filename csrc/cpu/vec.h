@@ -54,7 +54,23 @@ inline uint8_t to_float8(float value) {
 
 namespace {
 
+template <class T>
+inline void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+
+// Rounds and stores two vectors; returns them rounded.
+template <class T>
+inline void store_pair(T* p, Vec& a, Vec& b) {
+  a = rounded(a, p);
+  b = rounded(b, p);
+  store(p, a);
+  store(p + kLanes, b);
+}
+
 inline Vec load(const NoGate*) { return broadcast(1.0f); }
 inline Vec load_part(const NoGate*, int) { return broadcast(1.0f); }
+inline void load_pair(const NoGate*, Vec& a, Vec& b) { a = b = broadcast(1.0f); }
 
 }  // namespace

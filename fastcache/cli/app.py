@@ -2,18 +2,12 @@
 import typer
 
 from fastcache.cli.demo import demo
+from fastcache.cli.doctor import doctor
 from fastcache.cli.plan import plan
 from fastcache.cli.quality import quality
 from fastcache.cli.sample import sample
 
 app = typer.Typer(name="fastcache", help="Feature caching for diffusion transformers.", no_args_is_help=True)
-for command in (demo, quality, sample, plan):
+for command in (demo, quality, sample, plan, doctor):
     app.command()(command)
 
-
-@app.command()
-def doctor() -> None:
-    """Show which backends can run here, and why the others cannot."""
-    from fastcache.cli.doctor import doctor as examine
-
-    examine()

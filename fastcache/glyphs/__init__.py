@@ -4,10 +4,14 @@ The weights live in `weights/` of a checkout, outside the wheel.
 """
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastcache.extras import needs_extra
 from fastcache.models import DiT
 from fastcache.sampling import Diffusion
+
+if TYPE_CHECKING:
+    from fastcache.glyphs.classifier import GlyphClassifier
 
 DIFFUSION = Diffusion(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
 MAKE_COMMANDS = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastcache.extras import needs_extra
 from fastcache.glyphs import dataset
+from fastcache.metrics import accuracy
 
 FEATURES = 64
 HELD_OUT_SEED, TRAINING_SEED = 3, 2  # the DiT is trained on seed 1
@@ -88,8 +89,6 @@ def read(model: GlyphClassifier, pictures: Tensor, *, batch_size: int = 256) -> 
 
 def held_out_accuracy(model: GlyphClassifier, per_class: int = 100) -> float:
     """Share of 36 * per_class unseen, unspoilt pictures that `model` reads correctly."""
-    from fastcache.metrics import accuracy
-
     pictures, labels = dataset.make(per_class, HELD_OUT_SEED)
     return accuracy(read(model, dataset.to_model_range(pictures))[1], labels)
 
@@ -107,7 +106,8 @@ def main() -> None:
     score = held_out_accuracy(model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"accuracy": f"{score:.4f}", "config": json.dumps(vars(args) | {"out": args.out.name})}
+    config = {"features": FEATURES, "per_class": args.per_class, "epochs": args.epochs, "seed": TRAINING_SEED}
+    metadata = {"accuracy": f"{score:.4f}", "config": json.dumps(config), "classes": dataset.CLASSES}
     save_file(state, args.out, metadata=metadata)
     print(f"{args.out}: {score:.2%} of held-out glyphs read correctly, {time.perf_counter() - start:.0f} s")
 

@@ -15,6 +15,7 @@ enum class Type : int8_t { kFloat32, kFloat16, kBFloat16, kFloat8, kFloat64, kIn
 enum class Norm : int8_t { kNone, kLayer, kRms, kIdentity };
 
 constexpr int kMaxTerms = 1024;
+constexpr int kGroup = 4;  // rows that are computed together
 
 // Floats from one scratch row to the next: whole vectors of any width, and never a power of two,
 // which would put all rows of a block into the same cache sets.
@@ -78,8 +79,7 @@ struct Plan {
   Rows reference;
   double* error_sums = nullptr;  // [B * N, 3] per row; summed in order by the launcher
 
-  int64_t block_rows = 4;  // tokens of one sample that one work unit handles
-  int64_t blocks_per_sample = 0;
+  int64_t blocks_per_sample = 0;  // a block is the work unit: up to kGroup tokens of one sample
 };
 
 }  // namespace fastcache
