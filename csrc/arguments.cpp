@@ -217,7 +217,7 @@ void fail(const std::string& message) { throw std::runtime_error(message); }
 
 std::string text(const Tensor& tensor) {
   std::string shape = "[";
-  for (int64_t i = 0; i < tensor.rank; ++i) shape += (i ? ", " : "") + std::to_string(tensor.sizes[i]);
+  for (int64_t i = 0; i < tensor.rank; ++i) shape.append(i ? ", " : "").append(std::to_string(tensor.sizes[i]));
   return shape + "]";
 }
 

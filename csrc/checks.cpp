@@ -10,13 +10,13 @@ std::string number(int64_t value) { return std::to_string(value); }
 
 std::string indexed(const char* name, int64_t j) {
   std::string label = name;
-  if (j >= 0) label += "[" + number(j) + "]";
+  if (j >= 0) label.append("[").append(number(j)).append("]");
   return label;
 }
 
 std::string strides_text(const Tensor& tensor) {
   std::string out = "[";
-  for (int64_t i = 0; i < tensor.rank; ++i) out += (i ? ", " : "") + number(tensor.strides[i]);
+  for (int64_t i = 0; i < tensor.rank; ++i) out.append(i ? ", " : "").append(number(tensor.strides[i]));
   return out + "]";
 }
 
@@ -126,10 +126,11 @@ class Checker {
   void shape(const char* name, const Tensor& t, int64_t a, int64_t b = -1, int64_t c = -1) const {
     const int64_t rank = b < 0 ? 1 : c < 0 ? 2 : 3;
     if (t.rank == rank && t.sizes[0] == a && (rank < 2 || t.sizes[1] == b) && (rank < 3 || t.sizes[2] == c)) return;
-    std::string expected = "[" + number(a);
-    if (rank > 1) expected += ", " + number(b);
-    if (rank > 2) expected += ", " + number(c);
-    fail(std::string(name) + ": expected " + expected + "], got " + text(t));
+    std::string expected = name;
+    expected.append(": expected [").append(number(a));
+    if (rank > 1) expected.append(", ").append(number(b));
+    if (rank > 2) expected.append(", ").append(number(c));
+    fail(expected + "], got " + text(t));
   }
 
   void slots(const char* name, const Tensor& t) const {

@@ -268,7 +268,7 @@ class Session:
         return call
 
 
-@torch.compiler.disable(reason="a FastCache session decides per step, outside of tracing")
+@torch._disable_dynamo  # torch.compiler.disable would import all of Dynamo at once
 def refuse_tracing() -> None:
     """Stop torch.compile of a whole accelerated model, instead of recompiling at every step."""
     raise SessionError("torch.compile traced an accelerated model: its plan changes from step to step and must stay outside of tracing. Compile the branch bodies instead, with fastcache.accelerate(model, policy, num_steps, compile=True)")

@@ -1,5 +1,6 @@
 # The interface target fastcache_torch: headers and C shim of the PyTorch that the active Python
-# imports. Sets Python_EXECUTABLE, TORCH_VERSION, TORCH_CUDA (empty for a CPU build of PyTorch).
+# imports. Sets Python_EXECUTABLE, TORCH_VERSION, TORCH_LIBRARIES_FOLDER and
+# TORCH_CUDA (empty for a CPU build of PyTorch).
 find_package(Python COMPONENTS Interpreter REQUIRED)
 
 execute_process(
@@ -26,4 +27,5 @@ add_library(fastcache_torch INTERFACE)
 target_include_directories(fastcache_torch SYSTEM INTERFACE "${torch_root}/include")
 # The oldest PyTorch on which the libraries must load, whatever they are built with.
 target_compile_definitions(fastcache_torch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
-target_link_libraries(fastcache_torch INTERFACE "${torch_root}/lib/libtorch_cpu.so")
+set(TORCH_LIBRARIES_FOLDER "${torch_root}/lib")
+target_link_libraries(fastcache_torch INTERFACE "${TORCH_LIBRARIES_FOLDER}/libtorch_cpu.so")

@@ -17,7 +17,7 @@ constexpr int64_t kLocalFloats = 12 * 1024;        // scratch up to 48 KB is on 
 
 template <class T>
 struct Buffer {  // a few on the stack, more on the heap
-  static constexpr int64_t kInline = 64;
+  static constexpr int64_t kInline = 16;
   explicit Buffer(int64_t count) : many(count > kInline ? new T[count] : nullptr), data(many ? many.get() : few) {}
   T few[kInline];
   std::unique_ptr<T[]> many;

@@ -20,11 +20,21 @@ inline void widen_vector(const Vector& vector, int64_t b, int64_t n, float* to, 
   }
 }
 
+template <class A, class B> constexpr bool kSame = false;
+template <class A> constexpr bool kSame<A, A> = true;
+
+// A conversion makes signalling NaNs quiet, as rounding expects; a copy is exact.
+template <class F, class T>
+inline Vec converted(Vec value, const T* to) {
+  if constexpr (kSame<F, T>) return value;
+  return rounded(quiet(value), to);
+}
+
 template <class F, class T>
 inline void copy_row(const F* from, T* to, int64_t D) {
   int64_t c = 0;
-  for (; c + kLanes <= D; c += kLanes) store(to + c, rounded(load(from + c), to));
-  if (c < D) store_part(to + c, rounded(load_part(from + c, int(D - c)), to), int(D - c));
+  for (; c + kLanes <= D; c += kLanes) store(to + c, converted<F>(load(from + c), to));
+  if (c < D) store_part(to + c, converted<F>(load_part(from + c, int(D - c)), to), int(D - c));
 }
 
 // Returns the row scale: largest magnitude / 448, or 1 for a row of zeros (or with a NaN).
@@ -117,11 +127,13 @@ inline float round_row(const float* sums, X* row, int64_t D) {
   return sum(total);
 }
 
+// `ahead` is the row that is read next but three, for the second cache level.
 template <class X>
-inline float row_total(const X* row, int64_t D) {
+inline float row_total(const X* row, const char* ahead, int64_t D) {
   Vec total = broadcast(0.0f);
   int64_t c = 0;
   for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
+    for (int byte = 0; byte < 2 * kLanes * int(sizeof(X)); byte += 64) __builtin_prefetch(ahead + c * int64_t(sizeof(X)) + byte, 0, 2);
     Vec a, b;
     load_pair(row + c, a, b);
     total = add(total, add(a, b));

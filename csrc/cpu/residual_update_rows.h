@@ -114,7 +114,7 @@ void group_of_rows(const Plan& plan, int64_t b, int64_t n, int rows, float* scra
       const X* x = reinterpret_cast<const X*>(plan.x.at(b, n + r));
       if (plan.updated) __builtin_memcpy(group.rounded[r], x, plan.D * sizeof(X));
       group.rounded[r] = plan.x.at(b, n + r);
-      if (plan.norm == Norm::kLayer) group.total[r] = row_total(x, plan.D);
+      if (plan.norm == Norm::kLayer) group.total[r] = row_total(x, plan.x.at(b, n + r + kGroup < plan.N ? n + r + kGroup : n), plan.D);
     }
   }
   if (plan.norm != Norm::kNone) norm_rows<X>(plan, b, n, rows, group.rounded, group.total, modulation);

@@ -36,6 +36,7 @@ struct Ahead {
   const char* feature = nullptr;
   int64_t row = 0;
   const char* gate = nullptr;
+  const char* x = nullptr;
 };
 
 // Stages in which a term also does the work of its neighbours, to save passes over the sums.
@@ -68,6 +69,7 @@ void add_term(const Plan& plan, const Term& term, Group& group, const Ahead& ahe
     for (int r = 0; r < R; ++r) {
       for (int byte = 0; byte < kLine * int(sizeof(F)); byte += 64) {
         __builtin_prefetch(ahead.feature + r * ahead.row + c * int64_t(sizeof(F)) + byte, 0, 2);
+        if constexpr (stage & kFirst) __builtin_prefetch(ahead.x + r * plan.x.row + c * int64_t(sizeof(F)) + byte, 0, 2);
       }
     }
     __builtin_prefetch(ahead.gate + c * int64_t(sizeof(G)), 0, 2);
@@ -80,14 +82,14 @@ void add_term(const Plan& plan, const Term& term, Group& group, const Ahead& ahe
         Vec a, b, sum_a, sum_b;
         load_pair(feature[r] + c, a, b);
         if (scaled) a = mul(a, scale[r]), b = mul(b, scale[r]);
-        if (stage & kFirst) {
+        if constexpr (stage & kFirst) {
           load_pair(start[r] + c, sum_a, sum_b);
         } else {
           load_pair(sums[r] + c, sum_a, sum_b);
         }
         a = fma(low, a, sum_a);
         b = fma(high, b, sum_b);
-        if (stage & kLast) {
+        if constexpr (stage & kLast) {
           store_pair(rounded_row[r] + c, a, b);
           total[r] = add(total[r], add(a, b));
         } else {
@@ -103,7 +105,7 @@ void add_term(const Plan& plan, const Term& term, Group& group, const Ahead& ahe
       Vec value = load_part(feature[r] + c, rest);
       if (scaled) value = mul(value, scale[r]);
       value = fma(coefficient, value, (stage & kFirst) ? load_part(start[r] + c, rest) : load(sums[r] + c));
-      if (stage & kLast) {
+      if constexpr (stage & kLast) {
         value = keep_first(rounded(value, rounded_row[r]), rest);
         store_part(rounded_row[r] + c, value, rest);
         total[r] = add(total[r], value);
@@ -113,7 +115,7 @@ void add_term(const Plan& plan, const Term& term, Group& group, const Ahead& ahe
     }
   }
   for (int r = 0; r < R; ++r) {
-    if (stage & kLast) group.total[r] += sum(total[r]);
+    if constexpr (stage & kLast) group.total[r] += sum(total[r]);
   }
 }
 
@@ -154,9 +156,9 @@ AddTerm add_term_of(const Plan& plan, const Term& term, int stage) {
   }
 }
 
-inline Ahead ahead_of(const Plan& plan, const Term& term, int64_t b, int64_t n) {
+inline Ahead ahead_of(const Plan& plan, const Term& term, int64_t b, int64_t n, const char* x) {
   const char* gate = term.gate ? term.gate + (plan.gates.at(b, n) - plan.gates.data) : nullptr;
-  return {term.feature.at(b, n), term.feature.row, gate};
+  return {term.feature.at(b, n), term.feature.row, gate, x};
 }
 
 // Can the term start from x, or end in x', itself?
@@ -181,7 +183,8 @@ void sum_terms(const Plan& plan, Group& group) {
       const bool last = j + 1 == count;
       const int stage = (j == 0 && from_x ? kFirst : 0) | (last && to_x ? kLast : 0);
       const AddTerm add = group.rows == kGroup ? add_term_of<kGroup>(plan, plan.terms[j], stage) : add_term_of<1>(plan, plan.terms[j], stage);
-      add(plan, plan.terms[j], group, last ? ahead_of(plan, plan.terms[0], group.b, following) : ahead_of(plan, plan.terms[j + 1], group.b, group.n));
+      const char* x = plan.x.at(group.b, following);
+      add(plan, plan.terms[j], group, last ? ahead_of(plan, plan.terms[0], group.b, following, x) : ahead_of(plan, plan.terms[j + 1], group.b, group.n, x));
     }
     for (int r = 0; r < group.rows && !to_x; ++r) {
       X* row = reinterpret_cast<X*>(group.rounded[r]);

@@ -1,5 +1,16 @@
-// Any processor: 4 lanes of the compiler's vector type (SSE2, NEON, ...), conversions per lane.
+// Any processor: 4 lanes of the compiler's vector type (SSE2, NEON, ...), conversions by integer arithmetic.
+// Written for little-endian processors.
 #pragma once
+
+#if defined(__clang__)
+#define FASTCACHE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTCACHE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
+#if defined(__SSE2__)
+#include <emmintrin.h>  // for the one step that compilers do badly: 32-bit lanes to 16-bit words
+#endif
 
 namespace {
 
@@ -7,6 +18,9 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(16)));
 typedef int32_t Mask __attribute__((vector_size(16)));
+typedef uint16_t Words __attribute__((vector_size(16)));
+typedef uint64_t Pair __attribute__((vector_size(16)));
+typedef int16_t HalfWords __attribute__((vector_size(8)));
 
 inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
@@ -14,6 +28,7 @@ inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec quiet(Vec a) { return a; }
 inline Vec magnitude(Vec a) { return Vec(Bits(a) & 0x7fffffffu); }
 // Maximum of non-negative values in which a NaN wins.
 inline Vec max_magnitude(Vec a, Vec b) {
@@ -27,39 +42,21 @@ inline float largest_magnitude(Vec a) {
   return max_magnitude(half, Vec{half[1], half[1], half[1], half[1]})[0];
 }
 
-inline float widen(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+inline Bits pick(Bits mask, Bits yes, Bits no) { return (yes & mask) | (no & ~mask); }
 
-// Exponent and fraction moved to their float32 places, then scaled; integer arithmetic for
-// subnormals, so that a flush-denormals mode of the processor cannot change the value.
-inline float widen_small(uint32_t magnitude, int fraction_bits, int bias) {
-  const uint32_t exponent = magnitude >> fraction_bits;
-  if (exponent != 0) return bits_to_float((magnitude << (23 - fraction_bits)) + (uint32_t(127 - bias) << 23));
-  return float(int32_t(magnitude)) * bits_to_float(uint32_t(127 + 1 - bias - fraction_bits) << 23);
+inline Words words(const void* p) {  // four of them, then zeros
+  uint64_t raw;
+  __builtin_memcpy(&raw, p, sizeof(raw));
+  return Words(Pair{raw, 0});
 }
 
-inline float widen(Float16 value) {
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
-  const uint32_t special = 0x7f800000u | ((magnitude & 0x3ffu) << 13) | ((magnitude & 0x3ffu) ? 0x400000u : 0u);
-  return bits_to_float((magnitude >= 0x7c00u ? special : float_to_bits(widen_small(magnitude, 10, 15))) | sign);
-}
-
-inline float widen(Float8 value) {
-  const uint32_t magnitude = value.bits & 0x7fu;
-  const uint32_t sign = uint32_t(value.bits & 0x80u) << 24;
-  return bits_to_float((magnitude == 0x7fu ? 0x7fc00000u : float_to_bits(widen_small(magnitude, 3, 7))) | sign);
-}
-
-inline uint16_t to_float16(float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-  if (magnitude >= 0x47800000u) return uint16_t(sign | 0x7c00u);
-  if (magnitude < 0x38800000u) {  // subnormal: the addition rounds to nearest even
-    return uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f)));
-  }
-  return uint16_t(sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13));
+// A small float with its magnitude in the low bits: exponent and fraction move to their places in a
+// float32. Subnormals by integer conversion, so that flushing denormals cannot change the value.
+inline Bits widen_small(Bits magnitude, int fraction_bits, int bias) {
+  const Bits normal = (magnitude << (23 - fraction_bits)) + (uint32_t(127 - bias) << 23);
+  const Vec unit = broadcast(bits_to_float(uint32_t(128 - bias - fraction_bits) << 23));
+  const Bits subnormal = Bits(__builtin_convertvector(Mask(magnitude), Vec) * unit);
+  return pick(Bits(magnitude < (1u << fraction_bits)), subnormal, normal);
 }
 
 inline Vec load(const float* p) {
@@ -68,8 +65,33 @@ inline Vec load(const float* p) {
   return a;
 }
 
-template <class T>
-inline Vec load(const T* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline Vec load(const BFloat16* p) { return Vec(FASTCACHE_SHUFFLE(Words{}, words(p), 0, 8, 1, 9, 2, 10, 3, 11)); }
+
+inline Vec load(const Float16* p) {
+  const Bits raw = Bits(FASTCACHE_SHUFFLE(words(p), Words{}, 0, 8, 1, 9, 2, 10, 3, 11));
+  const Bits magnitude = raw & 0x7fffu;
+  const Bits fraction = (magnitude & 0x3ffu) << 13;
+  const Bits special = fraction | 0x7f800000u | (Bits(fraction != 0) & 0x400000u);
+  return Vec(pick(Bits(magnitude >= 0x7c00u), special, widen_small(magnitude, 10, 15)) | (raw & 0x8000u) << 16);
+}
+
+inline Vec load(const Float8* p) {
+  const Bits raw = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  const Bits magnitude = raw & 0x7fu;
+  return Vec(pick(Bits(magnitude == 0x7fu), Bits{} + 0x7fc00000u, widen_small(magnitude, 3, 7)) | (raw & 0x80u) << 24);
+}
+
+// float32 to float16 bits; in the subnormal range the addition rounds to nearest even.
+inline Bits to_float16(Vec a) {
+  const Bits magnitude = Bits(a) & 0x7fffffffu;
+  const Vec half = broadcast(0.5f);
+  const Bits normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits subnormal = Bits(Vec(magnitude) + half) - Bits(half);
+  Bits out = pick(Bits(magnitude < 0x38800000u), subnormal, normal);
+  out = pick(Bits(magnitude >= 0x47800000u), Bits{} + 0x7c00u, out);
+  out = pick(Bits(magnitude > 0x7f800000u), 0x7e00u | ((magnitude >> 13) & 0x3ffu), out);
+  return out | ((Bits(a) >> 16) & 0x8000u);
+}
 
 template <class T>
 inline Vec load_part(const T* p, int count) {
@@ -79,10 +101,22 @@ inline Vec load_part(const T* p, int count) {
 }
 
 inline Vec rounded(Vec a, const float*) { return a; }
+// Lanes that fit into 16 bits, with their sign.
+inline void store_words(void* p, Mask lanes) {
+#if defined(__SSE2__)
+  const __m128i packed = _mm_packs_epi32(__m128i(lanes), __m128i(lanes));
+  _mm_storel_epi64(static_cast<__m128i*>(p), packed);
+#else
+  const HalfWords raw = __builtin_convertvector(lanes, HalfWords);
+  __builtin_memcpy(p, &raw, sizeof(raw));
+#endif
+}
+inline void store(Float16* p, Vec a) { store_words(p, Mask(to_float16(a) << 16) >> 16); }
+inline void store(BFloat16* p, Vec a) { store_words(p, Mask(a) >> 16); }
 inline Vec rounded(Vec a, const Float16*) {
-  Vec out;
-  for (int i = 0; i < kLanes; ++i) out[i] = widen(Float16{to_float16(a[i])});
-  return out;
+  Float16 half[kLanes];
+  store(half, a);
+  return load(half);
 }
 inline Vec rounded(Vec a, const BFloat16*) {
   const Bits bits = Bits(a);
@@ -93,14 +127,6 @@ inline Vec rounded(Vec a, const BFloat16*) {
 
 // The value must already be rounded to the type that is stored.
 inline void store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof(a)); }
-inline void store(Float16* p, Vec a) {
-  for (int i = 0; i < kLanes; ++i) p[i].bits = to_float16(a[i]);
-}
-inline void store(BFloat16* p, Vec a) {
-  const Bits bits = Bits(a) >> 16;
-  for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(bits[i]);
-}
-
 template <class T>
 inline void store_part(T* p, Vec a, int count) {
   T buffer[kLanes];

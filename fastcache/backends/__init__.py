@@ -7,8 +7,14 @@
 
 `FASTCACHE_BACKEND=<name>` or `use_backend("<name>")` forces one, and fails where it cannot run.
 float64 is the reference type and always runs in eager. While torch.compile traces, the registered
-operator is called, whose kernel is the first available one of the device.
+operator is called, whose kernel is the first available one of the device. A GPU backend checks
+itself against eager before its first use on a device; if it disagrees, the next one is taken and
+a warning says so. Triton also runs on a CPU where TRITON_INTERPRET=1 is set and it is forced.
 """
+import functools
+import importlib
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +24,9 @@ from types import ModuleType
 
 import torch
 
-from fastcache.backends import eager, library
+from fastcache.backends import eager, library, selfcheck
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("cpp", "cuda", "triton", "eager")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -53,11 +61,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> ModuleType:
     Raises BackendError if a forced backend cannot run there.
     """
     name = _forced.get()
-    if name is None:
-        if dtype is torch.float64:
-            return eager
-        return _CHOICE.get(device.type, eager)
-    return _checked(name, device, dtype)
+    if name is not None:
+        return _checked(name, device, dtype)
+    if dtype is torch.float64:
+        return eager
+    return _CHOICE.get(device.type) or _first_that_agrees(device)
 
 
 def chosen_name(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -67,7 +75,8 @@ def chosen_name(device: torch.device, dtype: torch.dtype = torch.float32) -> str
         return _forced.get()
     if dtype is torch.float64:
         return "eager"
-    return next(name for name in ORDER.get(device.type, ("eager",)) if _STATUS[name].available)
+    chosen = choose(device, dtype)
+    return next(name for name in ORDER.get(device.type, ("eager",)) if _STATUS[name].available and _module(name) is chosen)
 
 
 @contextmanager
@@ -93,11 +102,50 @@ def _known(name: str | None, source: str) -> str | None:
 def _checked(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     if name == "eager":
         return eager
-    if name not in ORDER.get(device.type, ()):
+    if name not in ORDER.get(device.type, ()) and not (name == "triton" and _interpreted()):
         raise BackendError(f"backend {name!r} was forced, but x is on {device}: it runs {', '.join(ORDER.get(device.type, ('eager',)))}")
     if dtype is torch.float64:
         raise BackendError(f"backend {name!r} was forced, but x is float64: only eager computes in float64")
-    return native
+    return _module(name)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    """The module of a backend; Triton is imported at its first use."""
+    if name == "triton":
+        return importlib.import_module("fastcache.backends.triton")
+    return eager if name == "eager" else native
+
+
+def _first_that_agrees(device: torch.device) -> ModuleType:
+    """The first available backend of a device that agrees with eager; checked once per device."""
+    if device in _AGREED:
+        return _AGREED[device]
+    for name in ORDER.get(device.type, ("eager",)):
+        if not _STATUS[name].available:
+            continue
+        if name == "eager" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            break  # nothing can be checked while a graph is captured, and nothing is remembered
+        error = selfcheck.disagreement(_module(name), device)
+        if not error:
+            break
+        logger.warning("backend %s disagrees with eager on %s and will not be used: %s", name, device, error)
+    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        _AGREED[device] = _module(name)
+    return _module(name)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_reason() -> str:
+    """Why Triton cannot run here, "" if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'fastcache-dit[triton]')"
+    if torch.cuda.is_available() or _interpreted():
+        return ""
+    return "PyTorch sees no GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU, for tests)"
 
 
 def _statuses() -> dict[str, BackendStatus]:
@@ -107,11 +155,12 @@ def _statuses() -> dict[str, BackendStatus]:
     return {
         "cpp": BackendStatus("cpp", cpu.loaded, cpu.reason),
         "cuda": BackendStatus("cuda", cuda.loaded and has_gpu, cuda_reason),
-        "triton": BackendStatus("triton", False, "this version has no Triton kernels yet"),
+        "triton": BackendStatus("triton", not _triton_reason(), _triton_reason() or ("interpreted on the CPU, when forced" if not has_gpu else "compiled at first use")),
         "eager": BackendStatus("eager", True, "plain PyTorch, the definition"),
     }
 
 
 _STATUS = _statuses()
-_CHOICE = {"cpu": native if _STATUS["cpp"].available else eager, "cuda": native if _STATUS["cuda"].available else eager}
+_CHOICE = {"cpu": native if _STATUS["cpp"].available else eager}
+_AGREED: dict[torch.device, ModuleType] = {}
 _forced: ContextVar[str | None] = ContextVar("fastcache_backend", default=_known(os.environ.get("FASTCACHE_BACKEND") or None, "FASTCACHE_BACKEND"))

@@ -5,6 +5,8 @@ the file otherwise. Every device without a kernel of its own runs the eager defi
 """
 import ctypes
 import hashlib
+import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -104,6 +106,8 @@ def register() -> dict[str, CompiledLibrary]:
     for name in OPERATORS:
         _LIBRARY[0].impl(name, getattr(eager, name), "CompositeExplicitAutograd")
         _LIBRARY[0].impl(name, _forward_only(name), "Autograd", with_keyset=True)
+        if not libraries["cuda"].loaded and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+            _LIBRARY[0].impl(name, _triton(name), "CUDA")
     torch.library.register_fake("fastcache::residual_update", _fake_update)
     torch.library.register_fake("fastcache::residual_update_scatter_", _fake_scatter)
     return libraries
@@ -142,6 +146,13 @@ def _forward_only(name: str):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     return forward_only
+
+
+def _triton(name: str):
+    def launch(*args, **kwargs):
+        return getattr(importlib.import_module("fastcache.backends.triton"), name)(*args, **kwargs)
+
+    return launch
 
 
 def _fake_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True):

@@ -10,13 +10,13 @@ _update = torch.ops.fastcache.residual_update.default
 _scatter = torch.ops.fastcache.residual_update_scatter_.default
 
 
-def residual_update(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def residual_update(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`torch.ops.fastcache.residual_update`, arguments in schema order."""
     with _below_autograd():
-        return _update(*args)
+        return _update(*args, **kwargs)
 
 
-def residual_update_scatter_(*args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def residual_update_scatter_(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`torch.ops.fastcache.residual_update_scatter_`, arguments in schema order."""
     with _below_autograd():
-        return _scatter(*args)
+        return _scatter(*args, **kwargs)

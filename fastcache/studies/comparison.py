@@ -38,7 +38,7 @@ class Sampler:
     guidance: float = 2.5
     scheduler: str = "ddim"
     seed: int = 0
-    batch_size: int = 12
+    batch_size: int = 9
 
     def run(self, model: DiT, indices: Sequence[int], policy: Policy | None, *, progress: bool = False) -> Samples:
         """Pictures `indices` of the glyph model; picture i shows class i mod 36, on its own noise."""

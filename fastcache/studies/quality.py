@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcache.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
+from fastcache.studies.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
 from fastcache.environment import Environment, environment
 from fastcache.glyphs import dataset, load_classifier, load_glyph_dit
 from fastcache.glyphs.classifier import GlyphClassifier, read

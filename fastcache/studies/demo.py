@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
+from fastcache.studies.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
 from fastcache.drawing import draw_schedules
 from fastcache.environment import Environment, environment
 from fastcache.extras import needs_extra
 from fastcache.glyphs import load_classifier, load_glyph_dit
 from fastcache.glyphs.classifier import GlyphClassifier, read
 from fastcache.glyphs.dataset import CLASSES, to_pixels
-from fastcache.grid import GridRow, draw_grid
+from fastcache.studies.grid import GridRow, draw_grid
 from fastcache.metrics import accuracy, psnr
 from fastcache.models import DiT
 from fastcache.policies import FORA
@@ -36,7 +35,7 @@ class DemoRow:
     batch_seconds: list[float]  # in the order of the run
     seconds_per_picture: float  # median over batches
     speedup: float  # uncached median / this setting's median
-    speedup_quartiles: tuple[float, float]  # of the speedups of single batches, against the same uncached batch
+    speedup_of_fastest: float  # the same of the fastest batches; far from `speedup`: the machine was busy
     ideal_speedup: float  # uncached FLOPs / planned FLOPs
     quotient: float  # speedup / ideal_speedup
     psnr_db: float | None  # mean over pictures, against the uncached pictures; None for those
@@ -117,8 +116,6 @@ def _add(measurement: Measurement, samples: Samples, indices: range) -> None:
 def _row(setting: Setting, found: dict[str, Measurement], classifier: GlyphClassifier) -> DemoRow:
     own, uncached = found[setting.name], found[UNCACHED.name]
     summary = own.last.summary
-    speedups = [reference / seconds for reference, seconds in zip(uncached.seconds, own.seconds, strict=True)]
-    low, high = np.quantile(speedups, (0.25, 0.75)).tolist()
     speedup = statistics.median(uncached.seconds_per_picture) / statistics.median(own.seconds_per_picture)
     return DemoRow(
         setting=setting.name,
@@ -126,7 +123,7 @@ def _row(setting: Setting, found: dict[str, Measurement], classifier: GlyphClass
         batch_seconds=own.seconds,
         seconds_per_picture=statistics.median(own.seconds_per_picture),
         speedup=speedup,
-        speedup_quartiles=(low, high),
+        speedup_of_fastest=min(uncached.seconds_per_picture) / min(own.seconds_per_picture),
         ideal_speedup=summary.ideal_speedup,
         quotient=speedup / summary.ideal_speedup,
         psnr_db=None if own is uncached else float(psnr(own.pictures, uncached.pictures, value_range=2).mean()),

@@ -1,0 +1,101 @@
+"""The machine: its caches and memory, what is kept equal for all contenders, and what a report says of it."""
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from fastcache import backends
+from fastcache.backends.library import cpu_capability
+from fastcache.environment import Environment, environment
+
+UNKNOWN_CACHE = 32 << 20
+CACHE_FOLDER = Path("/sys/devices/system/cpu/cpu0/cache")
+MEMORY_FILE = Path("/proc/meminfo")
+# of glibc's mallopt: number and value
+MMAP_MAX, TRIM_THRESHOLD = -4, -1
+DEFAULTS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
+KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and when a run was made. load: processes that wanted the CPU, a mean over a minute, at the start."""
+
+    environment: Environment
+    torch_cpu_capability: str
+    fastcache_cpu_capability: str
+    last_level_cache_bytes: int
+    load: float
+    date: str
+
+
+def machine(device: torch.device) -> Machine:
+    """The machine as it is now."""
+    library = backends.LIBRARIES["cpu"]
+    return Machine(
+        environment=environment(device, torch.bfloat16),
+        torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        fastcache_cpu_capability=cpu_capability(library) if library.loaded else library.reason,
+        last_level_cache_bytes=last_level_cache_bytes(device),
+        load=load(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def load() -> float:
+    """Mean number of runnable processes over the last minute, 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Size of the cache before memory; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20}
+    texts = [path.read_text().strip() for path in CACHE_FOLDER.glob("index*/size")]
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=UNKNOWN_CACHE)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can be allocated now, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = MEMORY_FILE.read_text().splitlines() if MEMORY_FILE.exists() else []
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
+@contextmanager
+def kept_heap() -> Iterator[bool]:
+    """Let glibc keep freed memory while this lasts; gives False where there is no glibc.
+
+    Left alone, it returns every tensor beyond 32 MiB to the kernel, and each call then spends most
+    of its time on page faults, most of all the sequences with many temporaries. Caching allocators
+    (CUDA's, jemalloc, tcmalloc) do not; this makes the host's behave like them.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    try:
+        yield known and all(libc.mallopt(name, value) for name, value in KEPT.items())
+    finally:
+        if known:
+            for name, value in DEFAULTS.items():
+                libc.mallopt(name, value)
+            libc.malloc_trim(0)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run PyTorch's CPU operators, and ours, on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,48 @@
+"""Launch configurations of the Triton kernels: the legal set and the heuristic, apart from the kernels."""
+from dataclasses import dataclass
+
+SUM_COLUMNS = 128  # one fp32 tile column per lane quad: 256-byte row segments in bf16
+PROGRAMS_WANTED = 528  # four a multiprocessor of an H200
+
+
+@dataclass(frozen=True)
+class SumConfig:
+    """Tile of `sum_kernel`. At least 8 elements a thread, or loads are narrower than 16 bytes."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.rows * self.columns < 8 * 32 * self.warps:
+            raise ValueError(f"rows, columns, warps: expected 8 elements a thread or more, got {self.rows} x {self.columns} over {self.warps} warps")
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Width and warps of `row_kernel`."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+SUM_CONFIGS = tuple(SumConfig(rows, SUM_COLUMNS, warps, stages) for rows, warps in ((2, 1), (4, 2), (8, 4), (16, 4), (16, 8)) for stages in (1, 3, 4))
+
+
+def sum_config(B: int, N: int, D: int, element_size: int, terms: int) -> SumConfig:
+    """The largest tile that still gives every multiprocessor several programs; pipelined from 3 terms up."""
+    stages = 4 if terms > 2 else 1
+    columns = -(-D // SUM_COLUMNS)
+    for rows, warps in ((16, 4), (8, 4), (4, 2)):
+        if B * -(-N // rows) * columns >= PROGRAMS_WANTED:
+            return SumConfig(rows, SUM_COLUMNS, warps, stages)
+    return SumConfig(2, SUM_COLUMNS, 1, stages)
+
+
+def row_config(D: int) -> RowConfig:
+    """A power of two that covers D; about 16 elements a thread, as few registers as that allows."""
+    columns = max(16, 1 << (D - 1).bit_length())
+    warps = 1 if columns <= 512 else 2 if columns <= 1024 else 4 if columns <= 2048 else 8 if columns <= 4096 else 16
+    return RowConfig(columns, warps, 1)

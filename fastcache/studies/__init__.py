@@ -1,0 +1,1 @@
+"""Studies of the shipped model: the demo and the quality run."""

@@ -1,0 +1,222 @@
+"""Which backend runs, how one is forced, and what happens where it cannot run."""
+import asyncio
+import contextvars
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcache
+from cases import BACKENDS, FORMS, assert_same_bits, build, each_backend, each_form
+from fastcache import BackendError, backends, use_backend
+from fastcache.backends import eager, native
+from fastcache.ops import residual_update
+from processes import fails, succeeds
+
+CPU = torch.device("cpu")
+STATUS = fastcache.backends_status()
+ABSENT = [name for name, status in STATUS.items() if not status.available]
+FIRST = next(name for name in backends.ORDER["cpu"] if STATUS[name].available)
+BUILT = pytest.mark.skipif(not STATUS["cpp"].available, reason=f"cpp: {STATUS['cpp'].reason}")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class OperatorsSeen(TorchDispatchMode):
+    """Names of the fastcache operators that were dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastcache":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def operators_seen(call) -> list[str]:
+    with OperatorsSeen() as seen:
+        call()
+    return seen.names
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "mps"])
+def test_the_chooser_takes_the_first_available_backend_of_the_device(device, dtype):
+    expected = next(name for name in backends.ORDER.get(device, ("eager",)) if STATUS[name].available)
+    expected = "eager" if dtype is torch.float64 else expected
+    assert backends.chosen_name(torch.device(device), dtype) == expected
+    assert backends.choose(torch.device(device), dtype) is (eager if expected == "eager" else native)
+
+
+def test_every_backend_has_a_status_with_a_reason():
+    assert tuple(STATUS) == backends.NAMES
+    assert all(status.reason and status.name == name for name, status in STATUS.items())
+    assert STATUS["eager"].available
+
+
+def test_the_status_cannot_be_changed_from_outside():
+    fastcache.backends_status().clear()
+    assert fastcache.backends_status() == STATUS
+
+
+@pytest.mark.parametrize("name", [name for names in backends.ORDER.values() for name in names])
+def test_every_backend_in_the_order_has_a_name(name):
+    assert name in backends.NAMES
+
+
+@each_backend
+@each_form
+def test_a_forced_backend_is_the_one_that_runs(form, backend):
+    call = build(form)
+    expected = [] if backend == "eager" else [call.operator._opname]
+    assert operators_seen(lambda: call.run(backend)) == expected
+
+
+def test_the_backend_that_is_named_is_the_one_that_runs_unforced():
+    call = build(FORMS["all"])
+    assert bool(operators_seen(call.call_public)) == (backends.chosen_name(CPU) != "eager")
+
+
+# --- float64 ----------------------------------------------------------------------------------
+
+
+def test_float64_runs_in_eager_and_in_float64():
+    x = torch.full((1, 2, 4), 1.0, dtype=torch.float64)
+    feature = torch.full_like(x, 2.0**-40)  # lost in float32
+    assert operators_seen(lambda: residual_update(x, [feature])) == []
+    assert residual_update(x, [feature]).x[0, 0, 0].item() == 1.0 + 2.0**-40
+
+
+def test_float64_runs_in_eager_in_a_compiled_function_too():
+    torch._dynamo.reset()
+    x = torch.full((1, 2, 4), 1.0, dtype=torch.float64)
+    function = torch.compile(lambda x, feature: residual_update(x, [feature]).x, fullgraph=True, backend="aot_eager")
+    assert function(x, torch.full_like(x, 2.0**-40))[0, 0, 0].item() == 1.0 + 2.0**-40
+
+
+@BUILT
+def test_a_compiled_backend_refuses_float64_instead_of_rounding_it():
+    x = torch.ones(1, 2, 4, dtype=torch.float64)
+    with use_backend("cpp"), pytest.raises(BackendError, match="x is float64: only eager computes in float64"):
+        residual_update(x, [x])
+    with use_backend("eager"):
+        assert residual_update(x, [x]).x.dtype is torch.float64
+    with pytest.raises(RuntimeError, match=r"features\[0\]: torch.float64 is computed by the eager backend only"):
+        torch.ops.fastcache.residual_update(x.float(), [x])
+
+
+# --- use_backend ------------------------------------------------------------------------------
+
+
+def test_use_backend_nests_and_restores():
+    with use_backend(FIRST):
+        with use_backend("eager"):
+            assert backends.chosen_name(CPU) == "eager"
+            with use_backend(FIRST):
+                assert backends.chosen_name(CPU) == FIRST
+            assert backends.chosen_name(CPU) == "eager"
+        assert backends.chosen_name(CPU) == FIRST
+
+
+def test_use_backend_restores_after_an_exception():
+    with pytest.raises(ZeroDivisionError), use_backend("eager"):
+        raise ZeroDivisionError
+    assert backends.chosen_name(CPU) == FIRST
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "Eager", "cpu", "naive"])
+def test_an_unknown_backend_is_refused_with_the_names_that_exist(name):
+    with pytest.raises(BackendError, match="use_backend: expected one of cpp, cuda, triton, eager, got"), use_backend(name):
+        pass
+    assert backends.chosen_name(CPU) == FIRST
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_an_unavailable_backend_is_refused_with_its_reason(name):
+    with pytest.raises(BackendError) as caught, use_backend(name):
+        pass
+    assert str(caught.value) == f"use_backend: backend {name!r} cannot run here: {STATUS[name].reason}"
+
+
+@BUILT
+def test_a_backend_of_another_device_is_refused_by_name():
+    with use_backend("cpp"), pytest.raises(BackendError, match="backend 'cpp' was forced, but x is on cuda:0: it runs cuda, triton, eager"):
+        backends.choose(torch.device("cuda:0"), torch.float32)
+
+
+def test_use_backend_does_not_reach_into_other_threads():
+    seen: list[str] = []
+    with use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(backends.chosen_name(CPU)))
+        thread.start()
+        thread.join()
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: seen.append(context.run(backends.chosen_name, CPU)))
+        thread.start()
+        thread.join()
+    assert seen == [FIRST, "eager"]
+
+
+def test_use_backend_does_not_leak_between_tasks():
+    async def forced(name: str, seen: list[str]) -> None:
+        with use_backend(name):
+            await asyncio.sleep(0.01)
+            seen.append(backends.chosen_name(CPU))
+
+    async def both() -> list[str]:
+        seen: list[str] = []
+        await asyncio.gather(forced("eager", seen), forced(FIRST, seen))
+        return [*seen, backends.chosen_name(CPU)]
+
+    assert asyncio.run(both()) == ["eager", FIRST, FIRST]
+
+
+def test_backends_agree_on_what_they_return():
+    for form in FORMS.values():
+        results = [build(form).run(backend) for backend in BACKENDS]
+        for other in results[1:]:
+            assert [None if output is None else (output.shape, output.dtype) for output in other] == [None if output is None else (output.shape, output.dtype) for output in results[0]]
+
+
+# --- the environment --------------------------------------------------------------------------
+
+NAME = "import torch, fastcache; print(fastcache.backends.chosen_name(torch.device('cpu')))"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("eager", "eager"), (FIRST, FIRST), ("", FIRST)])
+def test_the_environment_forces_a_backend(value, expected):
+    assert succeeds(NAME, FASTCACHE_BACKEND=value).split() == [expected]
+
+
+def test_a_block_overrides_the_environment_and_threads_inherit_it():
+    succeeds(f"""
+import threading, torch, fastcache
+name = lambda: fastcache.backends.chosen_name(torch.device("cpu"))
+with fastcache.use_backend({FIRST!r}):
+    assert name() == {FIRST!r}
+assert name() == "eager"
+seen = []
+thread = threading.Thread(target=lambda: seen.append(name()))
+thread.start(); thread.join()
+assert seen == ["eager"], seen
+""", FASTCACHE_BACKEND="eager")
+
+
+def test_an_unknown_name_in_the_environment_is_an_error_at_import():
+    assert "BackendError: FASTCACHE_BACKEND: expected one of cpp, cuda, triton, eager, got 'fast'" in fails(NAME, FASTCACHE_BACKEND="fast")
+
+
+def test_an_unavailable_name_in_the_environment_is_an_error_with_its_reason():
+    error = fails(NAME, FASTCACHE_BACKEND="cpp", FASTCACHE_NO_COMPILED="1")
+    assert "BackendError: FASTCACHE_BACKEND: backend 'cpp' cannot run here: switched off by FASTCACHE_NO_COMPILED=1" in error
+
+
+@BUILT
+def test_a_forced_backend_gives_the_same_bits_as_the_same_backend_unforced():
+    call, other = build(FORMS["refresh-all"]), build(FORMS["refresh-all"])
+    assert_same_bits(call.run("cpp"), other.call_public())
