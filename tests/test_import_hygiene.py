@@ -29,11 +29,6 @@ def test_it_imports_and_runs_with_torch_and_numpy_alone():
     succeeds(BLOCK.format(names=OPTIONAL) + USE)
 
 
-@pytest.mark.parametrize("name", ["matplotlib", "typer", "diffusers"])
-def test_it_imports_and_runs_without_one_optional_package(name):
-    succeeds(BLOCK.format(names=(name,)) + USE)
-
-
 def test_it_imports_no_optional_package_by_itself():
     succeeds(f"""
 import sys, torch

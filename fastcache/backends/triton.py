@@ -76,18 +76,18 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
     partial = torch.empty(0 if reference is None else (B, N, 3), dtype=torch.float32, device=x.device)
     if x.numel():
         operands = [t for t in (x, *features, gates, slot, fresh, shift, scale, norm_weight, norm_bias, reference) if t is not None]
-        pointer_align, stride_align = (16, 8) if all(_aligned(t) for t in operands) and D % 8 == 0 else (1, 1)
+        pointer_align, unit = (16, 8) if all(_aligned(t) for t in operands) and D % 8 == 0 else (1, 1)
         gate = vector_view(gates, x, packed=gate_index is not None)
         slot_float8 = slot_scale is not None
         stored = slot.view(torch.uint8) if slot_float8 else slot
-        table = address_table(tuple(value for f in features for value in (f.data_ptr(), f.stride(0), f.stride(1))), x.device)
+        table = address_table(tuple(value for f in features for value in (f.data_ptr(), f.stride(0) // unit, f.stride(1) // unit)), x.device)
         shared = dict(
             D=D, F=TYPES[features[0].dtype] if features else tl.float32, FLOAT8=bool(features) and features[0].dtype == torch.float8_e4m3fn,
             GATE=gate.mode, PACKED=gate_index is not None, WEIGHTED=weights is not None, SCALED=scales is not None, SLOT=slot is not None, MAPPED=fresh_slots is not None,
-            WRITE=need_x, ALIGN=pointer_align, STRIDE_ALIGN=stride_align,
+            WRITE=need_x, ALIGN=pointer_align, UNIT=unit,
         )
         or_x = lambda tensor: x if tensor is None else tensor  # noqa: E731  (unused pointers are never followed)
-        strides = lambda tensor: (0, 0) if tensor is None else tensor.stride()[:2]  # noqa: E731
+        strides = lambda tensor: (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])  # noqa: E731
         gate_row = gates.stride(0) if gate_index is not None else 0
         gate_count = gates.shape[0] if gate_index is not None else 0
         with _on(x.device):
@@ -97,7 +97,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
                 sum_kernel[grid](
                     x, out, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(fresh), or_x(fresh_slots), error_flag(x.device),
                     N, len(features), position, gate.tokens, gate_count, 0 if fresh is None else fresh.shape[1],
-                    *x.stride()[:2], gate_row, gate.batch, gate.frame, *strides(slot), *strides(fresh),
+                    *strides(x), gate_row // unit, gate.batch // unit, gate.frame // unit, *strides(slot), *strides(fresh),
                     **shared, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages, num_warps=config.warps,
                 )
             else:
@@ -106,8 +106,8 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
                 row_kernel[(N, B)](
                     x, out if need_x else x, h, partial, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(slot_scale), or_x(fresh), or_x(fresh_slots), or_x(shift), or_x(scale), or_x(norm_weight), or_x(norm_bias), or_x(row_slots), or_x(reference), error_flag(x.device),
                     N, len(features), position, gate.tokens, gate_count, 0 if fresh is None else fresh.shape[1], row_count if packed_rows else N, eps,
-                    *x.stride()[:2], gate_row, gate.batch, gate.frame, *strides(slot), *strides(fresh),
-                    shifted.batch, shifted.frame, shifted.tokens, scaled.batch, scaled.frame, scaled.tokens, *strides(reference),
+                    *strides(x), gate_row // unit, gate.batch // unit, gate.frame // unit, *strides(slot), *strides(fresh),
+                    shifted.batch // unit, shifted.frame // unit, shifted.tokens, scaled.batch // unit, scaled.frame // unit, scaled.tokens, *strides(reference),
                     **shared, SLOT_FLOAT8=slot_float8, NORM=int(norm), SHIFT=shifted.mode, SCALE=scaled.mode, NORM_WEIGHT=norm_weight is not None, NORM_BIAS=norm_bias is not None, ROW_SLOTS=packed_rows, REFERENCE=reference is not None,
                     COLUMNS=config.columns, STAGES=config.stages, num_warps=config.warps,
                 )
