@@ -33,6 +33,7 @@ quality: env
 	$(BIN)/fastcache quality --out out/quality
 
 test: env
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -n $(WORKERS) -q
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q
 
 bench: env

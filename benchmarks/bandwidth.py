@@ -6,6 +6,7 @@ import torch
 from benchmarks.machine import last_level_cache_bytes
 from benchmarks.timing import Effort, Timing, measure
 
+BRIEF = Effort(1.5, 9, 60)
 CACHES = 8  # a buffer is this many last-level caches
 
 
@@ -21,7 +22,7 @@ class Bandwidth:
     read: Timing
 
 
-def measure_bandwidth(device: torch.device, effort: Effort = Effort(1.5, 9, 60), caches: int = CACHES) -> Bandwidth:
+def measure_bandwidth(device: torch.device, effort: Effort = BRIEF, caches: int = CACHES) -> Bandwidth:
     """Copy one float32 buffer beyond the caches into another, and sum it."""
     nbytes = caches * last_level_cache_bytes(device)
     source = torch.ones(nbytes // 4, device=device)

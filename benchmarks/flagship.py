@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.bandwidth import Bandwidth, measure_bandwidth
-from benchmarks.cases import FLAGSHIP, Case
+from benchmarks.bandwidth import Bandwidth
+from benchmarks.cases import Case
 from benchmarks.forms import Absence, Row, measure_case
-from benchmarks.machine import threads
 from benchmarks.providers import Provider
 from benchmarks.timing import Effort
 
@@ -35,17 +34,16 @@ class Verdict:
 class Flagship:
     """The rows of the case and what they say; rows have their share of the one-thread copy bandwidth."""
 
+    title: str
     rows: tuple[Row, ...]
     absent: tuple[Absence, ...]
     bandwidth: Bandwidth
     verdicts: tuple[Verdict, ...]
 
 
-def measure_flagship(device: torch.device, effort: Effort, *, case: Case = FLAGSHIP, providers: Sequence[Provider] = tuple(Provider), caches: int = 8) -> Flagship:
-    """56 gated bf16 terms of [2, 256, 1152], one thread."""
-    with threads(1):
-        bandwidth = measure_bandwidth(device, caches=caches)
-        measured = measure_case(case, device, effort, providers)
+def measure_flagship(case: Case, device: torch.device, effort: Effort, providers: Sequence[Provider], bandwidth: Bandwidth) -> Flagship:
+    """The case on the threads that PyTorch now has, one; `bandwidth` was measured on as many."""
+    measured = measure_case(case, device, effort, providers)
     rows = tuple(row.against(bandwidth.copy_gbps) for row in measured.rows)
     ours = next((row for row in rows if row.provider == Provider.OURS.value), None)
     naive, compiled = (None, None) if ours is None else (ours.vs_naive, ours.vs_compile)
@@ -54,4 +52,6 @@ def measure_flagship(device: torch.device, effort: Effort, *, case: Case = FLAGS
         Verdict(f"{Provider.NAIVE.value} (aim)", AIM, naive),
         Verdict(Provider.COMPILED.value, BARS[Provider.COMPILED], compiled),
     )
-    return Flagship(rows, measured.absent, bandwidth, verdicts)
+    size, count = case.size, "one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+    title = f"{case.terms} gated {case.dtype_name} terms of [{size.batch}, {size.tokens}, {size.channels}] ({size.name}), {count}"
+    return Flagship(title, rows, measured.absent, bandwidth, verdicts)

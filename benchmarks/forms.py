@@ -84,9 +84,9 @@ class Prepared:
         self.buffers: list[Inputs] = [make_inputs(case, device, seed) for seed in range(copies)]
         self._reference = Reference(case, self.buffers[0])
 
-    def bound(self, provider: Provider) -> tuple[list[Call], float]:
+    def bound(self, provider: Provider, inductor: str = "inductor") -> tuple[list[Call], float]:
         """(the call on every buffer, its error). Raises WrongValues, or NotMeasured if the contender cannot run here."""
-        bind = binder(provider, self.case.form)
+        bind = binder(provider, self.case.form, inductor)
         try:
             calls = [bind(inputs) for inputs in self.buffers]
             if provider is Provider.COMPILED:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bandwidth import ceiling, measure_bandwidth
+from benchmarks.bandwidth import BRIEF, CACHES, ceiling, measure_bandwidth
 from benchmarks.cases import FLAGSHIP, SIZES, TINY, Case, Form, Size, cases
 from benchmarks.dispatch import CALLS, measure_dispatch
 from benchmarks.flagship import measure_flagship
 from benchmarks.forms import MAX_COPIES, Absence, Row, measure_case
-from benchmarks.machine import kept_heap, load, machine
+from benchmarks.machine import kept_heap, load, machine, threads
 from benchmarks.providers import Provider
 from benchmarks.report import Report, write_report
 from benchmarks.roofline import draw_roofline
@@ -37,15 +37,16 @@ class Programme:
     flagship_effort: Effort = Effort(12.0, 21, 300)
     dispatch: Effort = Effort(2.0, 9, 100)
     session: Effort = Effort(12.0, 3, 60)
+    bandwidth: Effort = BRIEF
     forms_seconds: float = 420.0
-    caches: int = 8
+    caches: int = CACHES
     max_copies: int = MAX_COPIES
     dispatch_calls: int = CALLS
 
 
 FULL = Programme()
-_BRIEF = Effort(0.0, 3, 3)
-QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), _BRIEF, _BRIEF, _BRIEF, _BRIEF, 60.0, 1, 2, 20)
+_ONCE = Effort(0.0, 3, 3)
+QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, forms_seconds=60.0, caches=1, max_copies=2, dispatch_calls=20)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,10 +72,12 @@ def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = Fal
     flagship, dispatch, session, rows, absent = None, (), (), (), ()
     with kept_heap() as heap_kept:
         say("copy bandwidth")
-        bursts = [measure_bandwidth(device, caches=programme.caches)]
+        bursts = [measure_bandwidth(device, programme.bandwidth, programme.caches)]
         if "flagship" in parts:
             say("flagship: 56 terms, one thread")
-            flagship = measure_flagship(device, programme.flagship_effort, case=programme.flagship, providers=programme.providers, caches=programme.caches)
+            with threads(1):
+                bandwidth = measure_bandwidth(device, programme.bandwidth, programme.caches)
+                flagship = measure_flagship(programme.flagship, device, programme.flagship_effort, programme.providers, bandwidth)
         if "dispatch" in parts:
             say("dispatch")
             dispatch = measure_dispatch(device, programme.dispatch, programme.dispatch_calls)
@@ -82,7 +85,7 @@ def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = Fal
             session = measure_session(programme.session, programme.session_sizes, lambda name: say(f"session: {name}"))
         if "forms" in parts:
             rows, absent = measure_forms(programme, device)
-            bursts.append(measure_bandwidth(device, caches=programme.caches))
+            bursts.append(measure_bandwidth(device, programme.bandwidth, programme.caches))
     copy_gbps = ceiling(bursts, torch.get_num_threads())
     rows = tuple(row.against(copy_gbps) for row in rows)
     return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, absent, dispatch, session)

@@ -40,6 +40,11 @@ class SessionSize:
     interval: int = 3
 
     @property
+    def plan(self) -> str:
+        """The plan in words."""
+        return f"FORA(interval={self.interval}), {self.steps} steps"
+
+    @property
     def full_steps(self) -> list[int]:
         """Execution indices of the full steps under FORA."""
         return FORA(interval=self.interval).full_steps(self.steps)
@@ -59,6 +64,7 @@ class SessionRow:
     error: relative RMS of the outputs against the original's."""
 
     model: str
+    plan: str
     way: str
     full: Timing
     reuse: Timing | None
@@ -84,7 +90,7 @@ class Samples:
         kinds = [step in size.full_steps or way is Way.UNCACHED for step in range(size.steps)]
         by_kind = {kind: [count for count, full in zip(operators, kinds) if full is kind] for kind in (True, False)}
         ops_full, ops_reuse = (int(statistics.median(by_kind[kind])) if by_kind[kind] else None for kind in (True, False))
-        return SessionRow(size.name, way.value, timing(self.full), timing(self.reuse), timing(self.begin), timing(self.generation), ops_full, ops_reuse, error)
+        return SessionRow(size.name, size.plan, way.value, timing(self.full), timing(self.reuse), timing(self.begin), timing(self.generation), ops_full, ops_reuse, error)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def measure_session(effort: Effort, sizes: Sequence[SessionSize] = SESSION_SIZES
     for size in sizes:
         say(size.name)
         run, samples = Run(size), {way: Samples() for way in Way}
-        operators, errors = _checked(run)
+        operators, errors = checked(run)
         begun, rounds = time.perf_counter(), 0
         while rounds < effort.min_rounds or (rounds < effort.max_rounds and time.perf_counter() - begun < effort.seconds):
             for way in Way:
@@ -159,8 +165,8 @@ def measure_session(effort: Effort, sizes: Sequence[SessionSize] = SESSION_SIZES
     return tuple(rows)
 
 
-def _checked(run: Run) -> tuple[dict[Way, list[int]], dict[Way, float | None]]:
-    """Operators of each step, and the error against the original, of one untimed generation in each way."""
+def checked(run: Run) -> tuple[dict[Way, list[int]], dict[Way, float | None]]:
+    """Operators of each step, and the error against the original, of one untimed generation in each way. Raises WrongValues."""
     found = {way: run.generate(way, count_operators=True) for way in Way}
     exact = torch.stack(found[Way.ORIGINAL].outputs).double()
     errors: dict[Way, float | None] = {Way.UNCACHED: None}

@@ -143,7 +143,7 @@ def row_kernel(
     x, out, h, errors, table, gates, gate_index, weights, scales, slot, slot_scale, fresh, fresh_slots, shift, scale, norm_weight, norm_bias, row_slots, reference, flag,
     N, terms, position, frame_tokens, gate_count, fresh_count, row_count, eps,
     x_batch, x_token, gate_row, gate_batch, gate_frame, slot_batch, slot_token, fresh_batch, fresh_token,
-    shift_batch, shift_frame, shift_tokens, scale_batch, scale_frame, scale_tokens, reference_batch, reference_token,
+    held_batch, held_token, shift_batch, shift_frame, shift_tokens, scale_batch, scale_frame, scale_tokens, reference_batch, reference_token,
     D: tl.constexpr, F: tl.constexpr, FLOAT8: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SLOT: tl.constexpr, MAPPED: tl.constexpr, SLOT_FLOAT8: tl.constexpr,
     NORM: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, ROW_SLOTS: tl.constexpr, REFERENCE: tl.constexpr, WRITE: tl.constexpr,
     ALIGN: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -179,11 +179,11 @@ def row_kernel(
             largest = tl.max(tl.abs(new.to(tl.float32)), 1)
             row_scale = tl.where(largest > 0, largest / 448.0, 1.0)
             encoded = _to_float8(tl.clamp(new.to(tl.float32) / row_scale[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL))
-            held = tl.load(slot_scale + b * N + tokens)
+            held = tl.load(slot_scale + b * held_batch + tokens * held_token)
             value = tl.where(taken, encoded, tl.load(old, mask=mask & (taken == 0), other=0))
             row_scale = tl.where(source >= 0, row_scale, held)
             tl.store(old, encoded, mask=mask & taken)
-            tl.store(slot_scale + b * N + tokens, row_scale)
+            tl.store(slot_scale + b * held_batch + tokens * held_token, row_scale)
             newest = _from_float8(value) * row_scale[:, None]
         else:
             new = new.to(slot.dtype.element_ty)

@@ -5,16 +5,8 @@ import pytest
 
 from processes import ROOT, copied_package, succeeds
 
-# an import hook that makes packages look as if they were not installed
-BLOCK = """
-import sys
-class Blocked:
-    names = {names!r}
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocked())
-"""
+# makes packages look as if they were not installed, to `import` and to importlib.util.find_spec
+BLOCK = "import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
 OPTIONAL = ("triton", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "matplotlib", "typer", "rich", "tqdm", "PIL", "kernels", "hypothesis", "pytest", "peft")
 USE = """
 import torch, fastcache

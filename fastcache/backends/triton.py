@@ -70,6 +70,8 @@ def _flag(device: torch.device) -> Tensor:
 
 def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x):
     B, N, D = x.shape
+    # small index and factor tensors are read densely; features, gates and vectors as they are
+    gate_index, weights, scales, fresh_slots, row_slots = (None if t is None else t.contiguous() for t in (gate_index, weights, scales, fresh_slots, row_slots))
     out = torch.empty((B, N, D), dtype=x.dtype, device=x.device) if need_x else x.new_empty(0)
     packed_rows = row_slots is not None
     h = (x.new_zeros if packed_rows else x.new_empty)((B, row_count if packed_rows else N, D) if norm else 0)
@@ -92,7 +94,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
         gate_count = gates.shape[0] if gate_index is not None else 0
         with _on(x.device):
             if norm == 0 and reference is None and not slot_float8:
-                config = sum_config(B, N, D, x.element_size(), len(features))
+                config = sum_config(B, N, D, len(features))
                 grid = (triton.cdiv(D, config.columns), triton.cdiv(N, config.rows), B)
                 sum_kernel[grid](
                     x, out, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(fresh), or_x(fresh_slots), error_flag(x.device),
@@ -107,7 +109,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
                     x, out if need_x else x, h, partial, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(slot_scale), or_x(fresh), or_x(fresh_slots), or_x(shift), or_x(scale), or_x(norm_weight), or_x(norm_bias), or_x(row_slots), or_x(reference), error_flag(x.device),
                     N, len(features), position, gate.tokens, gate_count, 0 if fresh is None else fresh.shape[1], row_count if packed_rows else N, eps,
                     *strides(x), gate_row // unit, gate.batch // unit, gate.frame // unit, *strides(slot), *strides(fresh),
-                    shifted.batch // unit, shifted.frame // unit, shifted.tokens, scaled.batch // unit, scaled.frame // unit, scaled.tokens, *strides(reference),
+                    *((0, 0) if slot_scale is None else slot_scale.stride()), shifted.batch // unit, shifted.frame // unit, shifted.tokens, scaled.batch // unit, scaled.frame // unit, scaled.tokens, *strides(reference),
                     **shared, SLOT_FLOAT8=slot_float8, NORM=int(norm), SHIFT=shifted.mode, SCALE=scaled.mode, NORM_WEIGHT=norm_weight is not None, NORM_BIAS=norm_bias is not None, ROW_SLOTS=packed_rows, REFERENCE=reference is not None,
                     COLUMNS=config.columns, STAGES=config.stages, num_warps=config.warps,
                 )

@@ -28,17 +28,22 @@ class RowConfig:
     stages: int
 
 
-SUM_CONFIGS = tuple(SumConfig(rows, SUM_COLUMNS, warps, stages) for rows, warps in ((2, 1), (4, 2), (8, 4), (16, 4), (16, 8)) for stages in (1, 3, 4))
+# unpipelined tiles of 4 and 8 rows put 8 bytes on the stack on sm_80, so they are left out
+SUM_CONFIGS = tuple(
+    SumConfig(rows, SUM_COLUMNS, warps, stages)
+    for rows, warps, depths in ((2, 1, (1, 3, 4)), (4, 2, (3, 4)), (8, 4, (3, 4)), (16, 4, (1, 3, 4)), (16, 8, (1, 3, 4)))
+    for stages in depths
+)
 
 
-def sum_config(B: int, N: int, D: int, element_size: int, terms: int) -> SumConfig:
+def sum_config(B: int, N: int, D: int, terms: int) -> SumConfig:
     """The largest tile that still gives every multiprocessor several programs; pipelined from 3 terms up."""
-    stages = 4 if terms > 2 else 1
     columns = -(-D // SUM_COLUMNS)
-    for rows, warps in ((16, 4), (8, 4), (4, 2)):
+    tiles = ((16, 4), (8, 4), (4, 2)) if terms > 2 else ((16, 4),)
+    for rows, warps in tiles:
         if B * -(-N // rows) * columns >= PROGRAMS_WANTED:
-            return SumConfig(rows, SUM_COLUMNS, warps, stages)
-    return SumConfig(2, SUM_COLUMNS, 1, stages)
+            return SumConfig(rows, SUM_COLUMNS, warps, 4 if terms > 2 else 1)
+    return SumConfig(2, SUM_COLUMNS, 1, 4 if terms > 2 else 1)
 
 
 def row_config(D: int) -> RowConfig:

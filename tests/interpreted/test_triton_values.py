@@ -1,0 +1,61 @@
+"""Every form of both operators in Triton's interpreter, against the definition in float64."""
+import pytest
+import torch
+
+import fastcache
+from cases import FORMS, LAYOUTS, PRECISIONS, VECTOR_SHAPES, Form, verify
+from fastcache.backends import triton as backend
+from fastcache.ops import Norm
+
+# the interpreter truncates fp32 -> bf16 instead of rounding: fp32 and fp16 are exact tests of values
+EXACT = {name: PRECISIONS[name] for name in ("fp32", "fp16")}
+
+
+@pytest.mark.parametrize("precision", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_values_lie_within_the_rounding_bounds(form: Form, precision) -> None:
+    verify(form.of(precision), "triton")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["packed-gates", "modulated", "all", "refresh-between", "refresh-all"])
+def test_strided_values_lie_within_the_rounding_bounds(name: str, layout: str) -> None:
+    from dataclasses import replace
+
+    verify(replace(FORMS[name], layout=layout), "triton")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+@pytest.mark.parametrize("channels", [1, 7, 8, 72, 136, 260])
+def test_any_alignment_and_number_of_channels(channels: int, offset: int) -> None:
+    verify(Form(terms=3, gate="BD", packed=True, channels=channels, offset=offset, norm=Norm.LAYER, shift="BD", scale="BD"), "triton")
+    verify(Form(terms=3, gate="BD", packed=True, channels=channels, offset=offset), "triton")
+
+
+@pytest.mark.parametrize("shape", VECTOR_SHAPES)
+def test_gates_shifts_and_scales_of_every_shape(shape: str) -> None:
+    verify(Form(terms=2, gate=shape, norm=Norm.LAYER, shift=shape, scale=shape), "triton")
+    verify(Form(terms=2, gate=shape, packed=True), "triton")
+
+
+def test_an_index_out_of_range_sets_the_flag_and_writes_nothing_outside() -> None:
+    x, feature, gates = torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.randn(2, 1, 8)
+    flag = backend.error_flag(x.device)
+    flag.zero_()
+    with pytest.raises(IndexError):  # on a CPU the check comes first; a GPU has the flag alone
+        backend.residual_update(x, [feature], gates, torch.tensor([2], dtype=torch.int32))
+    launch = backend._launch
+    launch(x, [feature], 1, None, None, None, None, gates, torch.tensor([7], dtype=torch.int32), None, None, 0, None, None, None, None, 1e-6, None, 0, None, True)
+    assert int(flag) == 1
+    slots = torch.tensor([[0, 9, -1, 1]], dtype=torch.int32)
+    slot, fresh = torch.zeros(1, 4, 8), torch.ones(1, 2, 8)
+    launch(x, [], 0, slot, fresh, slots, None, None, None, None, None, 0, None, None, None, None, 1e-6, None, 0, None, True)
+    assert int(flag) == 3 and slot.sum(-1).tolist() == [[8, 0, 0, 8]]
+    flag.zero_()
+
+
+def test_the_backend_can_be_forced_on_a_cpu_and_is_never_chosen_by_itself() -> None:
+    x = torch.randn(1, 4, 8)
+    assert fastcache.backends.chosen_name(x.device) in ("cpp", "eager")
+    with fastcache.use_backend("triton"):
+        assert torch.equal(fastcache.ops.residual_update(x, x).x, 2 * x)
