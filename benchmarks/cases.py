@@ -48,15 +48,15 @@ class Form(str, enum.Enum):
 
 
 MEANINGS = {
-    Form.TRUNK: "K2: x + sum_j g_j * F_j over every cached branch, in one call",
-    Form.UPDATE: "K1: x + g * F",
-    Form.UPDATE_MODULATE: "K3: x' = x + g * F and h = LayerNorm(x') * (1 + scale) + shift",
+    Form.TRUNK: "x + sum_j g_j * F_j over every cached branch, in one call",
+    Form.UPDATE: "x + g * F",
+    Form.UPDATE_MODULATE: "x' = x + g * F and h = LayerNorm(x') * (1 + scale) + shift",
     Form.MODULATE: "h = LayerNorm(x) * (1 + scale) + shift",
     Form.STORE: "slot = F for all rows, x + g * slot",
-    Form.REFRESH: "K4 and K5: slot takes 30 % fresh rows, x' = x + g * slot, h of another 30 % of the rows",
-    Form.FORECAST_2: "K8: x + g * sum_k w_k F_k, order 2 (three features)",
-    Form.FORECAST_4: "K8: x + g * sum_k w_k F_k, order 4 (five features)",
-    Form.ERRORS: "K7: sums of |F - R|, |F| and |R| per sample",
+    Form.REFRESH: "slot takes 30 % fresh rows, x' = x + g * slot, h of another 30 %",
+    Form.FORECAST_2: "x + g * sum_k w_k F_k, order 2 (three features)",
+    Form.FORECAST_4: "x + g * sum_k w_k F_k, order 4 (five features)",
+    Form.ERRORS: "sums of |F - R|, |F| and |R| per sample",
 }
 SINGLE_UPDATES = (Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
 

@@ -103,7 +103,9 @@ def naive_errors(feature: Tensor, reference: Tensor) -> Outputs:
 
 
 def best_errors(feature: Tensor, reference: Tensor) -> Outputs:
-    sums = [torch.linalg.vector_norm(part, 1, dim=(1, 2)) for part in (feature - reference, feature, reference)]
+    """One temporary for all; `torch.linalg.vector_norm(..., 1)` moves fewer bytes and is five times slower on a CPU."""
+    part = torch.sub(feature, reference)
+    sums = [part.abs_().sum((1, 2)), torch.abs(feature, out=part).sum((1, 2)), torch.abs(reference, out=part).sum((1, 2))]
     return (torch.stack(sums, dim=1),)
 
 

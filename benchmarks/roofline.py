@@ -28,9 +28,8 @@ def draw_roofline(rows: Sequence[Row], copy_gbps: float, read_gbps: float, subti
     for axis in list(axes)[len(forms) :]:
         axis.set_visible(False)
     figure.suptitle(f"Least bytes of a form over its median time\n{subtitle}", fontsize=11)
-    figure.supxlabel("least bytes that the form moves, MB", fontsize=10)
     figure.supylabel("achieved GB/s", fontsize=10)
-    figure.legend(handles=_legend(rows), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(handles=_legend(rows, copy_gbps, read_gbps), loc="outside lower center", ncols=9, fontsize=8, frameon=False, columnspacing=1.2)
     figure.savefig(path, dpi=120)
 
 
@@ -46,7 +45,10 @@ def _panel(axis: Axes, rows: Sequence[Row], form: Form, copy_gbps: float, read_g
                 axis.plot(*zip(*found), style, marker=MARKERS[provider], color=COLOURS[provider], markerfacecolor=fill, markersize=5, linewidth=1.4, zorder=front)
     axis.axhline(copy_gbps, color="black", linewidth=1.1)
     axis.axhline(read_gbps, color="black", linewidth=0.9, linestyle="--")
-    axis.set_title(form.value, fontsize=10, loc="left", fontweight="bold")
+    axis.set_title(f"{form.value}\n", fontsize=10, loc="left", fontweight="bold")
+    axis.text(0, 1.02, form.meaning, transform=axis.transAxes, fontsize=7)
+    axis.set_xlabel("least bytes, MB", fontsize=8)
+    axis.set_ylim(top=1.5 * max(copy_gbps, read_gbps))
     axis.grid(True, which="both", linewidth=0.3, color="#cccccc")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -55,9 +57,9 @@ def _panel(axis: Axes, rows: Sequence[Row], form: Form, copy_gbps: float, read_g
     axis.tick_params(which="both", labelsize=8, labelbottom=True, labelleft=True)
 
 
-def _legend(rows: Sequence[Row]) -> list[Line2D]:
+def _legend(rows: Sequence[Row], copy_gbps: float, read_gbps: float) -> list[Line2D]:
     present = [provider for provider in Provider if any(row.provider == provider.value for row in rows)]
     contenders = [Line2D([], [], color=COLOURS[provider], marker=MARKERS[provider], label=provider.value) for provider in present]
     dtypes = [Line2D([], [], color="#555555", linestyle=style, label=dtype) for dtype, style in STYLES.items() if any(row.dtype == dtype for row in rows)]
-    lines = [Line2D([], [], color="black", label="copy (read + write)"), Line2D([], [], color="black", linestyle="--", label="read only")]
+    lines = [Line2D([], [], color="black", label=f"copy, {copy_gbps:.1f}"), Line2D([], [], color="black", linestyle="--", label=f"read, {read_gbps:.1f}")]
     return contenders + dtypes + lines

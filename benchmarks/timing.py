@@ -90,7 +90,6 @@ def _elapsed_cuda(call: Callable[[], object], calls: int) -> float:
 def _no_collection() -> Iterator[None]:
     """No garbage collection between two readings of the clock."""
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

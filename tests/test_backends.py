@@ -82,6 +82,31 @@ def test_the_backend_that_is_named_is_the_one_that_runs_unforced():
     assert bool(operators_seen(call.call_public)) == (backends.chosen_name(CPU) != "eager")
 
 
+@pytest.fixture
+def device_that_checks(monkeypatch) -> torch.device:
+    """A device whose first backend checks itself before its first use."""
+    monkeypatch.setitem(backends.ORDER, "xpu", (FIRST, "eager"))
+    monkeypatch.setattr(backends, "_AGREED", {})
+    return torch.device("xpu")
+
+
+@BUILT
+def test_a_backend_that_disagrees_with_eager_is_not_used_and_a_warning_says_so(device_that_checks, monkeypatch, caplog):
+    monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device: "x differs by 3")
+    assert backends.choose(device_that_checks, torch.float32).__name__ == MODULES["eager"]
+    assert backends.chosen_name(device_that_checks) == "eager"
+    assert caplog.messages == ["backend cpp disagrees with eager on xpu and will not be used: x differs by 3"]
+
+
+@BUILT
+def test_a_backend_that_agrees_is_checked_once_and_used(device_that_checks, monkeypatch):
+    checked: list[torch.device] = []
+    monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device: checked.append(device))
+    for _ in range(3):
+        assert backends.choose(device_that_checks, torch.float32).__name__ == MODULES["cpp"]
+    assert checked == [device_that_checks]
+
+
 # --- float64 ----------------------------------------------------------------------------------
 
 

@@ -9,13 +9,13 @@ import torch
 import fastcache
 from cases import (
     BACKENDS, PRECISIONS, REFUSED, UPDATES, VECTOR_SHAPES, Call, Form,
-    assert_same_bits, build, each_backend, each_dtype, each_layout, each_precision, each_update, exact_modulated, exact_update, laid_out, random_values, verify,
+    assert_outputs, assert_same_bits, build, each_backend, each_dtype, each_layout, each_precision, each_update, exact_modulated, exact_update, laid_out, random_values, verify,
 )
 from fastcache.ops import Norm, residual_update
 
 EVERYTHING = UPDATES["all"]
 MODULATED = UPDATES["modulated"]
-WIDTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 111, 769, 1152, 1160, 1536, 3072, 5125, 8192)
+WIDTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 111, 769, 1152, 1160, 1279, 1280, 1281, 1536, 2561, 3072, 5125, 8192)
 SPECIAL_WIDTH = 37  # whole vectors and a tail on every instruction set
 PLACES = (0, 15, 16, 36)  # first channel, both sides of a vector's end, last channel of the tail
 
@@ -77,7 +77,10 @@ def test_any_number_of_frames_that_divides_the_tokens(frames, backend):
     call = build(Form(tokens=12, gate="BND", norm=Norm.LAYER, scale="BND"))
     gates, scale = (random_values((2, frames, 24), "float32", seed) for seed in (1, 2))
     per_token = call.given(gates=gates.repeat_interleave(12 // frames, 1), scale=scale.repeat_interleave(12 // frames, 1))
-    assert_same_bits(call.given(gates=gates, scale=scale).run(backend), per_token.run(backend))
+    framed = call.given(gates=gates, scale=scale)
+    found = framed.run(backend)
+    assert_same_bits(found, per_token.run(backend))
+    assert_outputs(framed, found, found.x)
 
 
 @each_backend
@@ -130,6 +133,14 @@ def test_misaligned_views_are_read_and_only_read(dtype, backend):
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_any_number_of_channels(channels, dtype, backend):
     verify(of_dtype(replace(EVERYTHING, batch=1, tokens=5, rows=3, terms=3, channels=channels), dtype), backend)
+
+
+@each_backend
+@each_precision
+@pytest.mark.parametrize("channels", [9, 1281, 2561])
+@pytest.mark.parametrize("form", [Form(terms=1), Form(terms=2, gate="BFD"), Form(terms=3, gate="BD", packed=True, norm=Norm.LAYER)], ids=["one-term", "per-frame", "packed"])
+def test_wide_rows_of_mixed_dtypes(form, channels, precision, backend):
+    verify(replace(form, channels=channels, batch=1, tokens=6).of(precision), backend)
 
 
 @each_backend

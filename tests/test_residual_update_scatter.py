@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cases import (
     BACKENDS, FLOAT8, PRECISIONS, REFUSED, SCATTERS, Call, Form,
@@ -196,13 +198,19 @@ def test_the_store_rounds_any_pattern_of_bits_as_pytorch_does(slot, backend):
     patterns = torch.randint(-(2**31), 2**31, (2**17,), generator=torch.Generator().manual_seed(1), dtype=torch.int64)
     if slot == FLOAT8:  # magnitudes of float8 and ties between its neighbours; 448 in each row makes the scale one
         patterns = torch.cat([torch.arange(0x3A000000, 0x43E00000, 2**10), torch.arange(0x3A000000, 0x43E00000, 2**19) + 2**19])
+    else:  # NaN of every kind: quiet and signalling, with payloads in high and low bits
+        patterns = torch.cat([patterns, 0x7F800000 + 2 ** torch.arange(23), 0x7FC00000 + 2 ** torch.arange(22)])
     values = patterns.to(torch.int32).view(torch.float32)
-    values = values[: values.numel() // 63 * 63].reshape(1, -1, 63)
-    values = torch.cat([torch.full((1, values.shape[1], 1), 448.0), torch.where(torch.isnan(values), torch.zeros_like(values), values)], -1)
-    values[:, 1::2] *= -1
+    values = F.pad(values, (0, -values.numel() % 63)).reshape(1, -1, 63)
+    values = torch.cat([torch.full((1, values.shape[1], 1), 448.0), values], -1)
+    values[:, 1::2] *= -1 if slot == FLOAT8 else 1
     call = build(Form(batch=1, tokens=values.shape[1], channels=64, terms=0, slot=slot, need_x=False)).given(fresh=values)
     call.run(backend)
-    assert_same_bits(call.arguments["slot"], values.to(getattr(torch, slot)))
+    found, expected = call.arguments["slot"], values.to(getattr(torch, slot))
+    nan = torch.isnan(values)
+    assert_same_bits(torch.isnan(found.float()), nan)
+    as_bits = torch.uint8 if slot == FLOAT8 else torch.int16
+    assert torch.equal(found.view(as_bits)[~nan], expected.view(as_bits)[~nan])
 
 
 @each_backend
@@ -357,29 +365,40 @@ def test_outputs_share_memory_with_nothing(form, backend):
     assert all(memory.count(output.untyped_storage().data_ptr()) == 1 for output in result)
 
 
-def overlapping(call: Call, name: str, memory: str) -> torch.Tensor:
-    """A tensor for argument `name` that shares memory with the slot: all of it, or one row less."""
-    slot = call.arguments["slot"]
-    if memory == "same":
-        return slot
-    buffer = call.buffers["slot"]
-    return buffer.as_strided(slot.shape, slot.stride(), slot.storage_offset() + slot.stride(1))
+# how an input may lie in the memory of the slot [B, N, D]: all of it, one token further, or other shapes and strides
+SHARED_MEMORY = {
+    "same": ("x", "fresh", "features", "gates", "shift", "scale", "reference"),
+    "shifted": ("x", "fresh", "features", "gates", "shift", "scale", "reference"),
+    "swapped": ("x", "fresh", "features", "gates", "reference"),
+    "one-token": ("x", "features", "fresh", "shift", "reference"),  # expanded to all
+    "rows": ("gates", "shift", "scale"),  # [B, D]
+    "row": ("gates", "shift", "scale", "norm_weight", "norm_bias"),  # [D]
+}
+
+
+def overlapping(call: Call, memory: str) -> Tensor:
+    """A tensor that shares memory with the slot."""
+    slot, buffer = call.arguments["slot"], call.buffers["slot"]
+    return {
+        "same": lambda: slot,
+        "shifted": lambda: buffer.as_strided(slot.shape, slot.stride(), slot.storage_offset() + slot.stride(1)),
+        "swapped": lambda: buffer.as_strided(slot.shape, (24, 48, 1), slot.storage_offset()),
+        "one-token": lambda: slot[:1, 3:4].expand_as(slot),
+        "rows": lambda: slot[:, 2],
+        "row": lambda: slot[1, 5],
+    }[memory]()
 
 
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
-@pytest.mark.parametrize("memory", ["same", "shifted"])
-@pytest.mark.parametrize("name", ["x", "fresh", "features", "gates", "shift", "scale", "reference"])
-def test_a_slot_that_overlaps_an_input_is_refused_or_gives_the_result_of_copies(name, memory, caller):
-    form = Form(terms=1, slot="float32", gate="BND", norm=Norm.LAYER, shift="BND", scale="BND", reference=True)
+@pytest.mark.parametrize(("memory", "name"), [(memory, name) for memory, names in SHARED_MEMORY.items() for name in names])
+def test_a_slot_that_overlaps_an_input_is_refused_or_gives_the_result_of_copies(memory, name, caller):
+    form = Form(terms=1, slot="float32", gate="BND", norm=Norm.LAYER, shift="BND", scale="BND", affine=True, reference=True)
     shared, copies = build(form), build(form)
     for call in (shared, copies):
-        call.arguments["slot"].copy_(random_values((2, 6, 24), "float32", 99))
-        if memory == "shifted":
-            call.buffers["slot"][-64:] = 0.5
-        tensor = overlapping(call, name, memory)
+        call.buffers["slot"][-64:] = 0.5  # sentinels that a shifted view reads
+        tensor = overlapping(call, memory)
+        tensor = tensor.clone() if call is copies else tensor
         call.arguments[name] = [tensor] if name == "features" else tensor
-        if call is copies:
-            call.arguments[name] = [tensor.clone()] if name == "features" else tensor.clone()
     before = shared.arguments["slot"].clone()
     expected = copies.run("eager")
     try:
