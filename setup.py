@@ -20,6 +20,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -84,14 +85,21 @@ def run(command: list[str]) -> None:
         sys.exit(f"fastcache: the build failed in: {' '.join(command)}\nThe messages above say why.")
 
 
+def require_setuptools() -> None:
+    """pyproject.toml names its licence in the way that older versions refuse with a riddle."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        sys.exit(f"fastcache: setuptools {setuptools.__version__} is too old. Fix: pip install --upgrade 'setuptools>=77' wheel")
+
+
 def require_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         sys.exit(
             f"fastcache: torch is not installed in the build environment ({sys.prefix}); its headers are needed.\n"
             "Fix: install torch>=2.10 for your device first (https://pytorch.org/get-started), then\n"
-            "    pip install cmake ninja pybind11 setuptools wheel\n"
+            "    pip install cmake ninja pybind11 'setuptools>=77' wheel\n"
             "    pip install --no-build-isolation ."
         )
 
 
+require_setuptools()
 setup(ext_modules=[Extension("fastcache._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

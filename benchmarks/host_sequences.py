@@ -2,7 +2,8 @@
 
 `naive_*` are the sequences of the models and caching methods themselves, in the dtype of x;
 torch.compile gets these. `best_*` use the fused calls of PyTorch that a careful host could.
-All return new tensors and leave their arguments alone, a `slot` excepted.
+Shapes: x, features, slot [B, N, D]; gate, shift, scale [B, D]; indices [B, K]. What is computed is in
+`cases.MEANINGS`. All return new tensors and leave their arguments alone, a `slot` excepted.
 """
 import math
 from collections.abc import Callable, Sequence

@@ -120,14 +120,14 @@ class Run:
     def generate(self, way: Way, *, count_operators: bool = False) -> Generation:
         """All steps of one generation."""
         outputs, seconds, operators, begin_seconds = [], [], [], 0.0
-        with self._installed(way) as prepare:
+        with self._installed(way) as control:
             if way is Way.BEGUN:
                 start = time.perf_counter()
-                prepare.begin(timesteps=self.timesteps, conditions={"y": self.labels})
+                control.begin(timesteps=self.timesteps, conditions={"y": self.labels})
                 begin_seconds = time.perf_counter() - start
             for step, (x, t) in enumerate(zip(self.noise, self.timesteps)):
                 if way is Way.ORIGINAL:
-                    prepare.step = step
+                    control.step = step
                 t = t.expand(self.size.batch)
                 with OperatorCount() if count_operators else nullcontext() as counter:
                     start = time.perf_counter()

@@ -6,11 +6,6 @@ namespace fastcache {
 
 namespace {
 
-void must(AOTITorchError code, const char* call) {
-  if (code != 0) throw std::runtime_error(std::string(call) + " failed inside PyTorch");
-}
-#define FASTCACHE_MUST(call) must((call), #call)
-
 struct TypeCode {
   int32_t dtype;
   Type type;
@@ -214,6 +209,10 @@ void Outputs::release(StableIValue* stack) {
 }
 
 void fail(const std::string& message) { throw std::runtime_error(message); }
+
+void must(AOTITorchError code, const char* call) {
+  if (code != 0) fail(std::string(call) + " failed inside PyTorch");
+}
 
 std::string text(const Tensor& tensor) {
   std::string shape = "[";

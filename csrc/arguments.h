@@ -86,6 +86,8 @@ constexpr int kUpdated = 0, kModulated = 1, kErrors = 2;
 int32_t float32_dtype();
 
 [[noreturn]] void fail(const std::string& message);
+void must(AOTITorchError code, const char* call);
+#define FASTCACHE_MUST(call) ::fastcache::must((call), #call)
 std::string text(const Tensor& tensor);  // "[2, 256, 1152]"
 const char* text(Type type);
 

@@ -180,7 +180,7 @@ class Call:
         return self.operator(**self.arguments)
 
     @property
-    def operator(self):
+    def operator(self) -> torch._ops.OpOverload:
         return (torch.ops.fastcache.residual_update_scatter_ if self.scatter else torch.ops.fastcache.residual_update).default
 
     def without(self, *names: str) -> "Call":

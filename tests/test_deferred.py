@@ -2,6 +2,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -215,26 +216,26 @@ def assert_same(found: object, expected: object) -> None:
 
 
 @pytest.mark.parametrize("name", READS)
-def test_every_read_gives_what_it_gives_of_the_value(name, deferred, expected):
+def test_every_read_gives_what_it_gives_of_the_value(name: str, deferred: Deferred, expected: Tensor) -> None:
     assert_same(READS[name](deferred), READS[name](expected))
 
 
 @pytest.mark.parametrize("name", READS)
-def test_a_read_changes_neither_the_value_nor_the_stream(name, deferred, expected):
+def test_a_read_changes_neither_the_value_nor_the_stream(name: str, deferred: Deferred, expected: Tensor) -> None:
     READS[name](deferred)
     assert_same(deferred.clone(), expected)
     assert_same(deferred.stream().value(), expected)
 
 
 @pytest.mark.parametrize("name", METADATA)
-def test_metadata_is_known_without_the_value(name, deferred, expected):
+def test_metadata_is_known_without_the_value(name: str, deferred: Deferred, expected: Tensor) -> None:
     assert METADATA[name](deferred) == METADATA[name](expected)
     assert deferred.value is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", ["contiguous", "wide", "swapped", "expanded"])
-def test_metadata_is_that_of_the_value_for_every_dtype_and_stride(layout, dtype):
+def test_metadata_is_that_of_the_value_for_every_dtype_and_stride(layout: str, dtype: torch.dtype) -> None:
     x, _ = laid_out(X.to(dtype), layout)
     stream = ResidualStream(x)
     stream.add(FEATURE)
@@ -244,7 +245,7 @@ def test_metadata_is_that_of_the_value_for_every_dtype_and_stride(layout, dtype)
     assert known == [read(deferred.materialised()) for read in METADATA.values()]
 
 
-def test_repr_says_what_is_pending_and_computes_nothing(deferred):
+def test_repr_says_what_is_pending_and_computes_nothing(deferred: Deferred) -> None:
     assert repr(deferred) == f"Deferred([{B}, {N}, {D}], torch.float32, 1 pending)"
     assert str(deferred) == repr(deferred)
     assert deferred.value is None
@@ -252,7 +253,7 @@ def test_repr_says_what_is_pending_and_computes_nothing(deferred):
     assert repr(deferred) == f"Deferred([{B}, {N}, {D}], torch.float32, materialised)"
 
 
-def test_the_value_is_computed_once(deferred, monkeypatch):
+def test_the_value_is_computed_once(deferred: Deferred, monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[str] = []
     operator = fastcache.stream.residual_update
     monkeypatch.setattr(fastcache.stream, "residual_update", lambda *args, **kwargs: launches.append("update") or operator(*args, **kwargs))
@@ -262,36 +263,36 @@ def test_the_value_is_computed_once(deferred, monkeypatch):
     assert launches == ["update"] and deferred.materialised() is deferred.materialised()
 
 
-def test_the_value_aliases_no_other_tensor():
+def test_the_value_aliases_no_other_tensor() -> None:
     for stream in (pending(), ResidualStream(X)):
         value = Deferred(stream).materialised()
         assert value.untyped_storage().data_ptr() not in [tensor.untyped_storage().data_ptr() for tensor in (X, FEATURE, GATE)]
 
 
-def test_the_value_is_a_plain_tensor(deferred):
+def test_the_value_is_a_plain_tensor(deferred: Deferred) -> None:
     assert type(deferred.materialised()) is Tensor
     assert type(deferred + 1) is Tensor and type(deferred.detach()) is Tensor
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=["no_grad", "inference_mode", "enable_grad"])
-def test_it_is_read_in_every_grad_mode(mode, expected):
+def test_it_is_read_in_every_grad_mode(mode: Callable, expected: Tensor) -> None:
     with mode():
         assert_same(Deferred(pending())[:, 1:].clone(), expected[:, 1:])
 
 
-def test_two_of_them_meet_in_one_operator(expected):
+def test_two_of_them_meet_in_one_operator(expected: Tensor) -> None:
     first, second = Deferred(pending()), Deferred(pending(OTHER))
     assert_same(torch.cat([first, second]), torch.cat([expected, pending(OTHER).value()]))
     assert_same(first + second, expected + pending(OTHER).value())
 
 
-def test_a_compiled_function_takes_one(deferred, expected):
+def test_a_compiled_function_takes_one(deferred: Deferred, expected: Tensor) -> None:
     torch._dynamo.reset()
     function = torch.compile(lambda x: x * 2 + 1, backend="aot_eager")
     assert_same(function(deferred), expected * 2 + 1)
 
 
-def test_a_hook_of_a_module_sees_the_value(deferred, expected):
+def test_a_hook_of_a_module_sees_the_value(deferred: Deferred, expected: Tensor) -> None:
     seen: list[Tensor] = []
     module = torch.nn.Identity()
     module.register_forward_hook(lambda _module, args, output: seen.append(output.clone()))
@@ -303,7 +304,7 @@ def test_a_hook_of_a_module_sees_the_value(deferred, expected):
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_every_write_is_seen_by_later_reads_and_by_the_next_block(name, deferred, expected):
+def test_every_write_is_seen_by_later_reads_and_by_the_next_block(name: str, deferred: Deferred, expected: Tensor) -> None:
     WRITES[name](deferred)
     WRITES[name](expected)
     assert_same(deferred.clone(), expected)
@@ -311,7 +312,7 @@ def test_every_write_is_seen_by_later_reads_and_by_the_next_block(name, deferred
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_no_write_reaches_the_stream_it_came_from(name):
+def test_no_write_reaches_the_stream_it_came_from(name: str) -> None:
     x, stream = X.clone(), pending()
     stream = pending(x)
     deferred = Deferred(stream)
@@ -321,7 +322,7 @@ def test_no_write_reaches_the_stream_it_came_from(name):
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_without_pending_updates_does_not_reach_x(name):
+def test_a_write_without_pending_updates_does_not_reach_x(name: str) -> None:
     x = X.clone()
     deferred, expected = Deferred(ResidualStream(x)), X.clone()
     WRITES[name](deferred)
@@ -330,7 +331,7 @@ def test_a_write_without_pending_updates_does_not_reach_x(name):
     assert_same(deferred.clone(), expected)
 
 
-def test_augmented_assignment_rebinds_to_the_written_value(deferred, expected):
+def test_augmented_assignment_rebinds_to_the_written_value(deferred: Deferred, expected: Tensor) -> None:
     x = deferred
     x += OTHER
     x -= 1
@@ -342,13 +343,13 @@ def test_augmented_assignment_rebinds_to_the_written_value(deferred, expected):
     assert_same(deferred.clone(), expected)
 
 
-def test_a_view_that_was_taken_before_a_write_shares_it(deferred, expected):
+def test_a_view_that_was_taken_before_a_write_shares_it(deferred: Deferred, expected: Tensor) -> None:
     view = deferred[0]
     deferred.add_(1)
     assert_same(view, (expected + 1)[0])
 
 
-def test_a_change_of_shape_in_place_is_seen_in_its_metadata(deferred, expected):
+def test_a_change_of_shape_in_place_is_seen_in_its_metadata(deferred: Deferred, expected: Tensor) -> None:
     deferred.unsqueeze_(0)
     assert deferred.clone().shape == (1, B, N, D)
     assert deferred.shape == (1, B, N, D)
@@ -357,7 +358,7 @@ def test_a_change_of_shape_in_place_is_seen_in_its_metadata(deferred, expected):
 # --- later blocks -----------------------------------------------------------------------------
 
 
-def test_one_that_is_held_across_later_blocks_keeps_its_value(expected):
+def test_one_that_is_held_across_later_blocks_keeps_its_value(expected: Tensor) -> None:
     stream = pending()
     held = Deferred(stream)
     for j in range(3):
@@ -368,7 +369,7 @@ def test_one_that_is_held_across_later_blocks_keeps_its_value(expected):
     assert_same(held.clone(), expected)
 
 
-def test_several_held_ones_are_read_in_any_order():
+def test_several_held_ones_are_read_in_any_order() -> None:
     stream, held, expected = ResidualStream(X), [], []
     for j in range(4):
         stream.add(random_values((B, N, D), "float32", 40 + j), GATE)
@@ -378,7 +379,7 @@ def test_several_held_ones_are_read_in_any_order():
         assert_same(held[j].clone(), expected[j])
 
 
-def test_the_next_block_continues_without_the_value(deferred, expected):
+def test_the_next_block_continues_without_the_value(deferred: Deferred, expected: Tensor) -> None:
     stream = deferred.stream()
     assert deferred.value is None and len(stream.pending) == 1
     stream.add(OTHER)
@@ -389,7 +390,7 @@ def test_the_next_block_continues_without_the_value(deferred, expected):
     assert_same(deferred.clone(), expected)
 
 
-def test_the_next_block_continues_from_a_value_that_was_read(deferred, expected):
+def test_the_next_block_continues_from_a_value_that_was_read(deferred: Deferred, expected: Tensor) -> None:
     deferred.sum()
     stream = deferred.stream()
     assert not stream.pending
@@ -397,7 +398,7 @@ def test_the_next_block_continues_from_a_value_that_was_read(deferred, expected)
     assert_same(stream.value(), expected + OTHER)
 
 
-def test_a_later_block_does_not_change_a_value_that_was_read(deferred, expected):
+def test_a_later_block_does_not_change_a_value_that_was_read(deferred: Deferred, expected: Tensor) -> None:
     value = deferred.materialised()
     stream = deferred.stream()
     stream.add(OTHER)
@@ -406,7 +407,7 @@ def test_a_later_block_does_not_change_a_value_that_was_read(deferred, expected)
     assert_same(value, expected)
 
 
-def test_a_change_of_x_before_the_first_read_is_an_error():
+def test_a_change_of_x_before_the_first_read_is_an_error() -> None:
     x = X.clone()
     deferred = Deferred(pending(x))
     x.add_(1)
@@ -414,7 +415,7 @@ def test_a_change_of_x_before_the_first_read_is_an_error():
         deferred.sum()
 
 
-def test_a_change_of_x_after_the_first_read_does_not_matter(expected):
+def test_a_change_of_x_after_the_first_read_does_not_matter(expected: Tensor) -> None:
     x = X.clone()
     deferred = Deferred(pending(x))
     deferred.sum()
@@ -422,7 +423,7 @@ def test_a_change_of_x_after_the_first_read_does_not_matter(expected):
     assert_same(deferred.clone(), expected)
 
 
-def test_a_pending_refresh_is_stored_once_and_its_value_is_exact():
+def test_a_pending_refresh_is_stored_once_and_its_value_is_exact() -> None:
     slot, fresh = OTHER.clone(), FEATURE + 1
     stream = ResidualStream(X)
     stream.refresh(slot, fresh)
@@ -432,7 +433,7 @@ def test_a_pending_refresh_is_stored_once_and_its_value_is_exact():
     assert_same(slot, fresh)
 
 
-def test_a_refresh_that_is_read_after_a_later_refresh_of_its_slot_keeps_its_value():
+def test_a_refresh_that_is_read_after_a_later_refresh_of_its_slot_keeps_its_value() -> None:
     slot, first, second = OTHER.clone(), FEATURE + 1, FEATURE + 2
     stream = ResidualStream(X)
     stream.refresh(slot, first)

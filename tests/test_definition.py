@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import FLOAT8, FORMS, VECTOR_SHAPES, Call, Form, build, each_form
+from cases import FLOAT8, VECTOR_SHAPES, Call, Form, build, each_form
 from fastcache.ops import Norm
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -115,23 +115,23 @@ def assert_defined(form: Form) -> None:
 
 @each_form
 @pytest.mark.parametrize("seed", range(3))
-def test_every_form_equals_its_equations(form, seed):
+def test_every_form_equals_its_equations(form: Form, seed: int) -> None:
     assert_defined(replace(form, seed=seed))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", VECTOR_SHAPES)
-def test_vectors_of_every_shape_equal_their_equations(shape, packed):
+def test_vectors_of_every_shape_equal_their_equations(shape: str, packed: bool) -> None:
     assert_defined(Form(terms=4, gate=shape, packed=packed, norm=Norm.LAYER, shift=shape, scale=shape, vector="bfloat16"))
 
 
 @pytest.mark.parametrize("norm", [Norm.LAYER, Norm.RMS])
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-2, 1.0])
-def test_eps_is_that_of_torch(eps, norm):
+def test_eps_is_that_of_torch(eps: float, norm: Norm) -> None:
     assert_defined(Form(norm=norm, affine=True, eps=eps))
 
 
 @pytest.mark.parametrize("position", [-1, 0, 1, 2, 3])
 @pytest.mark.parametrize("slot", ["float32", FLOAT8])
-def test_the_slot_in_every_position_equals_its_equations(slot, position):
+def test_the_slot_in_every_position_equals_its_equations(slot: str, position: int) -> None:
     assert_defined(Form(terms=3, slot=slot, fresh_rows=4, position=position, gate="BFD", packed=True, weights=True, scales=True, reference=True))

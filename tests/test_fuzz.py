@@ -27,7 +27,7 @@ LAYOUT = st.sampled_from(["contiguous", "wide", "alternate", "swapped", "expande
 
 
 @st.composite
-def forms(draw) -> Form:
+def forms(draw: st.DrawFn) -> Form:
     """Any form that the operators accept."""
     norm = draw(st.integers(0, 3))
     slot = draw(st.sampled_from(["", "float32", "float16", "bfloat16", FLOAT8]))
@@ -92,18 +92,18 @@ def search(check: Callable[[Form], None], seconds: float) -> Form | None:
 
 @each_backend
 @pytest.mark.parametrize("form", ledger(), ids=str)
-def test_every_call_of_the_ledger_is_right(form, backend):
+def test_every_call_of_the_ledger_is_right(form: Form, backend: str) -> None:
     verify(form, backend)
 
 
-def test_random_calls_are_right():
+def test_random_calls_are_right() -> None:
     failing = search(verify_everywhere, SECONDS)
     if failing is not None:
         append_to_ledger(failing)
     assert failing is None, f"appended to {LEDGER.name}: {failing}"
 
 
-def test_the_search_finds_and_simplifies_a_fault(tmp_path):
+def test_the_search_finds_and_simplifies_a_fault(tmp_path: Path) -> None:
     def faulty(form: Form) -> None:
         assert not (form.channels > 16 and form.slot == FLOAT8), "wrong in the tail of a float8 slot"
 
@@ -116,6 +116,6 @@ def test_the_search_finds_and_simplifies_a_fault(tmp_path):
     assert [Form(**entry) for entry in json.loads(book.read_text())] == [found]
 
 
-def test_every_named_form_can_be_kept_in_the_ledger():
+def test_every_named_form_can_be_kept_in_the_ledger() -> None:
     for form in FORMS.values():
         assert Form(**json.loads(json.dumps(asdict(form)))) == form

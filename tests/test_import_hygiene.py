@@ -1,5 +1,6 @@
 """What importing fastcache needs, what it does not, and whom it leaves alone."""
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -17,11 +18,11 @@ assert stream.value().eq(2).all()
 """
 
 
-def test_it_imports_and_runs_with_torch_and_numpy_alone():
+def test_it_imports_and_runs_with_torch_and_numpy_alone() -> None:
     succeeds(BLOCK.format(names=OPTIONAL) + USE)
 
 
-def test_it_imports_no_optional_package_by_itself():
+def test_it_imports_no_optional_package_by_itself() -> None:
     succeeds(f"""
 import sys, torch
 before = set(sys.modules)
@@ -32,7 +33,7 @@ assert not unwanted, unwanted
 """)
 
 
-def test_it_does_not_import_the_parts_that_need_extras():
+def test_it_does_not_import_the_parts_that_need_extras() -> None:
     succeeds(USE + """
 import sys
 unwanted = {"fastcache.studies", "fastcache.drawing", "fastcache.glyphs", "fastcache.models", "fastcache.cli"} & set(sys.modules)
@@ -40,7 +41,7 @@ assert not unwanted, unwanted
 """)
 
 
-def test_importing_it_prints_nothing_and_starts_no_thread():
+def test_importing_it_prints_nothing_and_starts_no_thread() -> None:
     assert succeeds("""
 import threading, torch
 before = threading.active_count()
@@ -49,7 +50,7 @@ assert threading.active_count() == before
 """) == ""
 
 
-def test_importing_it_changes_no_setting_of_torch():
+def test_importing_it_changes_no_setting_of_torch() -> None:
     succeeds("""
 import torch
 settings = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum().item())
@@ -59,7 +60,7 @@ assert settings() == before
 """)
 
 
-def test_the_kernels_folder_is_never_the_package_that_hugging_face_calls_kernels():
+def test_the_kernels_folder_is_never_the_package_that_hugging_face_calls_kernels() -> None:
     succeeds("""
 import pathlib, kernels
 assert kernels.__file__ and "site-packages" in pathlib.Path(kernels.__file__).parts, kernels
@@ -69,7 +70,7 @@ assert again is kernels and hasattr(kernels, "get_kernel")
 """)
 
 
-def test_without_hugging_face_kernels_our_folder_is_at_most_an_empty_namespace():
+def test_without_hugging_face_kernels_our_folder_is_at_most_an_empty_namespace() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     succeeds("""
 import sys
@@ -85,12 +86,12 @@ else:
 
 @pytest.mark.parametrize("order", [("fastcache", "host"), ("host", "fastcache")], ids=["fastcache-first", "host-first"])
 @pytest.mark.parametrize(("package", "model"), [("transformers", "BertModel"), ("diffusers", "DiTTransformer2DModel")])
-def test_hosts_still_import_from_the_root_of_the_repository(package, model, order):
+def test_hosts_still_import_from_the_root_of_the_repository(package: str, model: str, order: tuple[str, str]) -> None:
     imports = {"fastcache": "import fastcache", "host": f"from {package} import {model}"}
     succeeds("\n".join(imports[name] for name in order) + f"\nassert {model}.__module__.startswith({package!r})\nimport kernels\nassert kernels.__file__")
 
 
-def test_fastcache_kernels_is_a_namespace_package():
+def test_fastcache_kernels_is_a_namespace_package() -> None:
     succeeds("""
 import pathlib, fastcache, fastcache.kernels as kernels
 assert kernels.__file__ is None and kernels.__name__ == "fastcache.kernels"
@@ -99,13 +100,13 @@ assert place == (pathlib.Path(fastcache.__file__).resolve().parent.parent / "ker
 """)
 
 
-def test_it_is_found_from_a_copy_as_an_installed_package_would_be(tmp_path):
+def test_it_is_found_from_a_copy_as_an_installed_package_would_be(tmp_path: Path) -> None:
     folder = copied_package(tmp_path)
     (folder / "elsewhere").mkdir()
     succeeds(f"import sys; sys.path.insert(0, {str(folder)!r})\n{USE}\nimport fastcache.kernels\nassert {str(folder)!r} in fastcache.__file__", folder / "elsewhere")
 
 
-def test_a_file_that_is_called_fastcache_kernels_can_be_imported_through_the_namespace(tmp_path):
+def test_a_file_that_is_called_fastcache_kernels_can_be_imported_through_the_namespace(tmp_path: Path) -> None:
     folder = copied_package(tmp_path)
     kernels = folder / "fastcache" / "kernels"
     shutil.rmtree(kernels, ignore_errors=True)

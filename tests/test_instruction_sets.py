@@ -26,20 +26,20 @@ def sets_usable_here() -> list[str]:
 SETS = sets_usable_here()
 
 
-def test_the_widest_set_is_chosen_unasked():
+def test_the_widest_set_is_chosen_unasked() -> None:
     capability = ctypes.CDLL(str(library.PACKAGE / "lib" / "libfastcache_cpu.so")).fastcache_cpu_capability
     capability.restype = ctypes.c_char_p
     assert capability().decode() == os.environ.get(VARIABLE, SETS[0])
     assert SETS[-1] == "default"
 
 
-def test_an_unknown_set_is_refused_by_name():
+def test_an_unknown_set_is_refused_by_name() -> None:
     error = run_python(LOADED, **{VARIABLE: "sse9"}).stderr
     assert "FASTCACHE_CPU_CAPABILITY: expected one of" in error and "got sse9" in error
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_values_lie_within_the_rounding_bounds_and_no_byte_around_is_touched(name):
+def test_values_lie_within_the_rounding_bounds_and_no_byte_around_is_touched(name: str) -> None:
     succeeds("""
 import sys, torch
 sys.path.insert(0, "tests")

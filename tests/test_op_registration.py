@@ -1,6 +1,8 @@
 """The operators as PyTorch knows them: schemas, fake kernels, compile, export, loading."""
 import re
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-import fastcache
-from cases import FLOAT8, FORMS, PRECISIONS, SCATTERS, UPDATES, Call, Form, assert_same_bits, build, each_form, each_layout
+from cases import FLOAT8, FORMS, PRECISIONS, Call, Form, Precision, assert_same_bits, build, each_form, each_layout
 from fastcache.backends import library
 from fastcache.ops import Norm, residual_update, residual_update_scatter_
 from processes import copied_package, fails, succeeds
@@ -22,7 +23,7 @@ FLOAT8_FORMS = {name: form for name, form in FORMS.items() if FLOAT8 in (form.fe
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler():
+def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -34,21 +35,21 @@ def _fresh_compiler():
 @pytest.mark.parametrize("layout", ["contiguous", "wide", "swapped"])
 @pytest.mark.parametrize("precision", [PRECISIONS["fp32"], PRECISIONS["bf16"], PRECISIONS["autocast"]], ids=["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("form", [form for name, form in CHECKED.items() if name not in FLOAT8_FORMS], ids=[name for name in CHECKED if name not in FLOAT8_FORMS])
-def test_opcheck_passes(form, precision, layout):
+def test_opcheck_passes(form: Form, precision: Precision, layout: str) -> None:
     call = build(replace(form, layout=layout, vector_layout="chunk").of(precision))
     opcheck(call.operator, (), call.arguments)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "wide"])
 @pytest.mark.parametrize("form", FLOAT8_FORMS.values(), ids=FLOAT8_FORMS)
-def test_opcheck_passes_as_far_as_it_can_compare_float8(form, layout):
+def test_opcheck_passes_as_far_as_it_can_compare_float8(form: Form, layout: str) -> None:
     call = build(replace(form, layout=layout))
     opcheck(call.operator, (), call.arguments, test_utils=("test_faketensor", "test_autograd_registration"))
 
 
 @each_layout
 @each_form
-def test_fake_outputs_have_the_sizes_strides_and_dtypes_of_real_ones(form, layout):
+def test_fake_outputs_have_the_sizes_strides_and_dtypes_of_real_ones(form: Form, layout: str) -> None:
     call = build(replace(form, layout=layout))
     with FakeTensorMode() as mode:
         fake = Call(form, {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in call.arguments.items()})
@@ -59,7 +60,7 @@ def test_fake_outputs_have_the_sizes_strides_and_dtypes_of_real_ones(form, layou
 
 
 @each_form
-def test_meta_tensors_give_meta_outputs(form):
+def test_meta_tensors_give_meta_outputs(form: Form) -> None:
     call = build(form)
     real = call.call_registered()
     meta = call.given(**{name: value.to("meta") for name, value in call.arguments.items() if isinstance(value, Tensor)}, features=[feature.to("meta") for feature in call.arguments["features"]])
@@ -68,14 +69,14 @@ def test_meta_tensors_give_meta_outputs(form):
 
 
 @pytest.mark.parametrize("name", library.OPERATORS)
-def test_only_the_slot_and_its_scale_are_declared_as_written(name):
+def test_only_the_slot_and_its_scale_are_declared_as_written(name: str) -> None:
     schema = getattr(torch.ops.fastcache, name).default._schema
     written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
     assert written == ([] if name == "residual_update" else ["slot", "slot_scale"])
     assert all(result.alias_info is None for result in schema.returns)
 
 
-def test_the_schema_file_and_the_registered_schemas_agree():
+def test_the_schema_file_and_the_registered_schemas_agree() -> None:
     texts = [str(getattr(torch.ops.fastcache, name).default._schema) for name in library.OPERATORS]
     assert [re.sub(r"\s|1e-06|9.99\w*e-07", "", text.removeprefix("fastcache::")) for text in texts] == [re.sub(r"\s|1e-6", "", text) for text in library.schemas()]
 
@@ -84,7 +85,7 @@ def test_the_schema_file_and_the_registered_schemas_agree():
 
 
 @each_form
-def test_compiled_calls_give_the_same_bits(form):
+def test_compiled_calls_give_the_same_bits(form: Form) -> None:
     eager, compiled = build(form), build(form)
     function = torch.compile(lambda call: call.call_public(), fullgraph=True, backend="aot_eager")
     assert_same_bits(function(compiled), eager.call_public())
@@ -109,7 +110,7 @@ def block_arguments(batch: int = 2, tokens: int = 6, rows: int = 3) -> tuple[Ten
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "swapped"])
-def test_an_inductor_graph_around_the_operators_gives_the_same_values(layout):
+def test_an_inductor_graph_around_the_operators_gives_the_same_values(layout: str) -> None:
     def arguments() -> tuple[Tensor, ...]:
         x, *rest = block_arguments()
         return (x if layout == "contiguous" else x.transpose(0, 1).contiguous().transpose(0, 1), *rest)
@@ -121,7 +122,7 @@ def test_an_inductor_graph_around_the_operators_gives_the_same_values(layout):
     torch.testing.assert_close(compiled[2], plain[2])
 
 
-def test_five_batch_sizes_and_token_counts_compile_once():
+def test_five_batch_sizes_and_token_counts_compile_once() -> None:
     counter = CompileCounter()
     function = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
     for batch, tokens, rows in ((2, 6, 3), (3, 6, 3), (2, 16, 5), (5, 9, 2), (4, 64, 40)):
@@ -131,7 +132,7 @@ def test_five_batch_sizes_and_token_counts_compile_once():
     assert counter.frame_count == 1
 
 
-def test_dynamic_shapes_compile_once_in_inductor_too():
+def test_dynamic_shapes_compile_once_in_inductor_too() -> None:
     function = torch.compile(block, fullgraph=True, dynamic=True)
     torch._dynamo.utils.counters.clear()
     for batch, tokens, rows in ((2, 6, 3), (3, 16, 5), (5, 9, 2)):
@@ -141,7 +142,7 @@ def test_dynamic_shapes_compile_once_in_inductor_too():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_the_number_of_packed_rows_is_dynamic():
+def test_the_number_of_packed_rows_is_dynamic() -> None:
     counter = CompileCounter()
 
     def packed(x: Tensor, slots: Tensor, count: int) -> Tensor:
@@ -166,7 +167,7 @@ def slots_passed(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_passes_the_slot_itself_and_copies_nothing(dynamic):
+def test_inductor_passes_the_slot_itself_and_copies_nothing(dynamic: bool) -> None:
     def thrice(x: Tensor, slot: Tensor, fresh: Tensor, fresh_slots: Tensor) -> Tensor:
         for _ in range(3):
             x = residual_update_scatter_(x, slot, fresh, fresh_slots).x
@@ -182,7 +183,7 @@ def test_inductor_passes_the_slot_itself_and_copies_nothing(dynamic):
     assert slot.data_ptr() == place
 
 
-def test_inductor_writes_a_module_buffer_and_a_float8_slot_in_place():
+def test_inductor_writes_a_module_buffer_and_a_float8_slot_in_place() -> None:
     class Store(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -201,13 +202,13 @@ def test_inductor_writes_a_module_buffer_and_a_float8_slot_in_place():
     assert not re.search(r"clone|copy_|empty_strided", body_of(codes[-1]))
 
 
-def test_a_wrong_shape_is_named_while_tracing():
+def test_a_wrong_shape_is_named_while_tracing() -> None:
     function = torch.compile(lambda x, feature: residual_update(x, [feature]).x, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"features\[0\]: expected \[2, 6, 24\], got \[2, 5, 24\]"):
         function(torch.ones(2, 6, 24), torch.ones(2, 5, 24))
 
 
-def test_an_input_that_requires_grad_is_refused_in_a_compiled_function():
+def test_an_input_that_requires_grad_is_refused_in_a_compiled_function() -> None:
     function = torch.compile(lambda x: residual_update(x, [x]).x, fullgraph=True, backend="aot_eager")
     x = torch.ones(2, 6, 24, requires_grad=True)
     with pytest.raises(Exception, match="forward-only: an input requires grad"):
@@ -216,7 +217,7 @@ def test_an_input_that_requires_grad_is_refused_in_a_compiled_function():
         assert_same_bits(function(x), x.detach() * 2)
 
 
-def test_a_compiled_call_sees_new_contents_of_its_weights():
+def test_a_compiled_call_sees_new_contents_of_its_weights() -> None:
     function = torch.compile(lambda x, weights: residual_update(x, [x, x], weights=weights).x, fullgraph=True)
     x, weights = torch.ones(2, 6, 24), torch.tensor([1.0, 2.0])
     assert function(x, weights)[0, 0, 0] == 4
@@ -233,7 +234,7 @@ class Exported(torch.nn.Module):
         return block(x, feature, slot, fresh, fresh_slots, modulation)
 
 
-def test_an_exported_program_runs_other_sizes_and_writes_its_slot():
+def test_an_exported_program_runs_other_sizes_and_writes_its_slot() -> None:
     B, N, K = torch.export.Dim("B", min=2, max=64), torch.export.Dim("N", min=2, max=4096), torch.export.Dim("K", min=2, max=4096)
     shapes = ({0: B, 1: N}, {0: B, 1: N}, {0: B, 1: N}, {0: B, 1: K}, {0: B, 1: N}, {0: B})
     program = torch.export.export(Exported(), block_arguments(3, 8, 4), dynamic_shapes=shapes)
@@ -248,7 +249,7 @@ def test_an_exported_program_runs_other_sizes_and_writes_its_slot():
 ONE_CALL = "import torch, fastcache; x = torch.ones(1, 2, 4); assert fastcache.ops.residual_update(x, [x]).x.eq(2).all(); "
 
 
-def test_a_second_copy_of_the_package_and_reloads_do_not_crash(tmp_path):
+def test_a_second_copy_of_the_package_and_reloads_do_not_crash(tmp_path: Path) -> None:
     other = copied_package(tmp_path)
     succeeds(f"""
 import importlib, sys
@@ -269,7 +270,7 @@ assert torch.ops.fastcache.residual_update(x, [x])[0].eq(2).all()
 
 
 @BUILT
-def test_loading_the_same_library_again_does_not_crash():
+def test_loading_the_same_library_again_does_not_crash() -> None:
     succeeds(f"""
 {ONE_CALL}
 from fastcache.backends import library
@@ -283,7 +284,7 @@ assert torch.ops.fastcache.residual_update(x, [x])[0].eq(2).all()
 
 
 @BUILT
-def test_a_library_of_another_schema_is_refused_with_the_way_out(tmp_path):
+def test_a_library_of_another_schema_is_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = copied_package(tmp_path)
     schema = folder / "fastcache" / "backends" / "schema.def"
     schema.write_text(schema.read_text() + "// edited\n")
@@ -292,7 +293,7 @@ def test_a_library_of_another_schema_is_refused_with_the_way_out(tmp_path):
 
 
 @BUILT
-def test_a_library_of_another_schema_is_refused_by_every_later_import_too(tmp_path):
+def test_a_library_of_another_schema_is_refused_by_every_later_import_too(tmp_path: Path) -> None:
     folder = copied_package(tmp_path)
     schema = folder / "fastcache" / "backends" / "schema.def"
     schema.write_text(schema.read_text() + "// edited\n")
@@ -306,7 +307,7 @@ except ImportError:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "text"])
-def test_a_broken_library_is_refused_with_its_reason(content, tmp_path):
+def test_a_broken_library_is_refused_with_its_reason(content: bytes, tmp_path: Path) -> None:
     folder = copied_package(tmp_path, compiled=False)
     broken = folder / "fastcache" / "lib" / "libfastcache_cpu.so"
     broken.parent.mkdir(exist_ok=True)
@@ -316,7 +317,7 @@ def test_a_broken_library_is_refused_with_its_reason(content, tmp_path):
     succeeds(ONE_CALL, folder, FASTCACHE_NO_COMPILED="1")
 
 
-def test_without_a_library_the_package_runs_in_eager_and_says_why(tmp_path):
+def test_without_a_library_the_package_runs_in_eager_and_says_why(tmp_path: Path) -> None:
     folder = copied_package(tmp_path, compiled=False)
     succeeds(ONE_CALL + """
 status = fastcache.backends_status()["cpp"]
@@ -326,7 +327,7 @@ assert torch.ops.fastcache.residual_update(x, [x])[0].eq(2).all()
 """, folder)
 
 
-def test_compiled_libraries_can_be_switched_off_and_the_operators_stay_complete():
+def test_compiled_libraries_can_be_switched_off_and_the_operators_stay_complete() -> None:
     succeeds(ONE_CALL + """
 import sys
 sys.path.insert(0, "tests")

@@ -1,5 +1,6 @@
 """residual_update_scatter_: what is stored, what is added, what must stay untouched."""
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import (
-    BACKENDS, FLOAT8, PRECISIONS, REFUSED, SCATTERS, Call, Form,
+    BACKENDS, FLOAT8, PRECISIONS, REFUSED, SCATTERS, Call, Form, Precision,
     assert_same_bits, build, each_backend, each_dtype, each_layout, each_precision, each_scatter, exact_modulated, exact_update, laid_out, random_values, verify,
 )
-from fastcache.ops import Norm
+from fastcache.ops import Norm, ResidualUpdate
 
 EVERYTHING = SCATTERS["refresh-all"]
 REFRESH = SCATTERS["refresh"]
@@ -27,7 +28,7 @@ def of_dtype(form: Form, dtype: torch.dtype) -> Form:
     return replace(form, x=name, feature=name, vector=name, fresh=name, slot=FLOAT8 if form.slot == FLOAT8 else name)
 
 
-def updated_by(call: Call, backend: str, newest: torch.Tensor, scales: torch.Tensor | None = None):
+def updated_by(call: Call, backend: str, newest: torch.Tensor, scales: torch.Tensor | None = None) -> ResidualUpdate:
     """`residual_update` with the slot's term replaced by a plain feature."""
     plain = build(replace(call.form, slot=""))
     position = len(call.arguments["features"]) if call.form.position < 0 else call.form.position
@@ -43,14 +44,14 @@ def updated_by(call: Call, backend: str, newest: torch.Tensor, scales: torch.Ten
 @each_backend
 @each_precision
 @each_scatter
-def test_values_lie_within_the_rounding_bounds(form, precision, backend):
+def test_values_lie_within_the_rounding_bounds(form: Form, precision: Precision, backend: str) -> None:
     verify(form.of(precision), backend)
 
 
 @each_backend
 @each_precision
 @pytest.mark.parametrize("form", [Form(terms=2, slot="float32", fresh_rows=30, gate="BD"), Form(terms=1, slot=FLOAT8, fresh_rows=30, norm=Norm.LAYER, shift="BD", scale="BD")], ids=["sum", "modulated-float8"])
-def test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form, precision, backend):
+def test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form: Form, precision: Precision, backend: str) -> None:
     form = replace(form.of(precision), batch=2, tokens=48, channels=1152)
     call, defining = build(form), build(form)
     found, defined = call.run(backend), defining.run("eager")
@@ -67,21 +68,21 @@ def test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form, precisi
 @pytest.mark.parametrize("slot", SLOTS)
 @pytest.mark.parametrize("fresh", SLOTS[:3])
 @pytest.mark.parametrize("x", SLOTS[:3])
-def test_stream_slot_and_fresh_rows_may_have_different_dtypes(x, fresh, slot, backend):
+def test_stream_slot_and_fresh_rows_may_have_different_dtypes(x: str, fresh: str, slot: str, backend: str) -> None:
     verify(Form(terms=0, x=x, vector=x, fresh=fresh, slot=slot, fresh_rows=3, gate="BD", channels=37), backend)
 
 
 @each_backend
 @each_layout
 @each_scatter
-def test_strided_values_lie_within_the_rounding_bounds(form, layout, backend):
+def test_strided_values_lie_within_the_rounding_bounds(form: Form, layout: str, backend: str) -> None:
     verify(replace(form, channels=27, layout=layout, vector_layout="chunk", offset=1), backend)
 
 
 @each_backend
 @pytest.mark.parametrize("form", [EVERYTHING, SCATTERS["float8-refresh"], SCATTERS["store"]], ids=["refresh-all", "float8-refresh", "store"])
 @pytest.mark.parametrize("precision", [PRECISIONS["fp32"], PRECISIONS["bf16"]], ids=["fp32", "bf16"])
-def test_misaligned_slots_are_written_and_nothing_around_them(precision, form, backend):
+def test_misaligned_slots_are_written_and_nothing_around_them(precision: Precision, form: Form, backend: str) -> None:
     for offset in range(41):
         verify(replace(form.of(precision), channels=111, tokens=3, fresh_rows=form.fresh_rows and 2, rows=form.rows and 2, offset=offset), backend)
 
@@ -90,7 +91,7 @@ def test_misaligned_slots_are_written_and_nothing_around_them(precision, form, b
 @each_dtype
 @pytest.mark.parametrize("channels", [1, 2, 8, 15, 16, 17, 33, 111, 769, 1152, 1160, 1536, 5125])
 @pytest.mark.parametrize("form", [EVERYTHING, SCATTERS["float8-refresh"]], ids=["refresh-all", "float8-refresh"])
-def test_any_number_of_channels(form, channels, dtype, backend):
+def test_any_number_of_channels(form: Form, channels: int, dtype: torch.dtype, backend: str) -> None:
     verify(of_dtype(replace(form, batch=1, tokens=5, channels=channels), dtype), backend)
 
 
@@ -98,7 +99,7 @@ def test_any_number_of_channels(form, channels, dtype, backend):
 @pytest.mark.parametrize("tokens", [0, 1, 3, 15, 16, 17, 70])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("rows", [0, 1, None])
-def test_any_batch_and_any_number_of_tokens(rows, batch, tokens, backend):
+def test_any_batch_and_any_number_of_tokens(rows: int | None, batch: int, tokens: int, backend: str) -> None:
     verify(replace(EVERYTHING, batch=batch, tokens=tokens, rows=min(tokens, 2), fresh_rows=rows), backend)
     verify(replace(SCATTERS["float8-refresh"], batch=batch, tokens=tokens, fresh_rows=rows), backend)
 
@@ -106,18 +107,18 @@ def test_any_batch_and_any_number_of_tokens(rows, batch, tokens, backend):
 @each_backend
 @pytest.mark.parametrize("fresh_rows", [0, 1, 5, 6, 9])
 @each_dtype
-def test_any_number_of_fresh_rows(dtype, fresh_rows, backend):
+def test_any_number_of_fresh_rows(dtype: torch.dtype, fresh_rows: int, backend: str) -> None:
     verify(of_dtype(replace(EVERYTHING, fresh_rows=fresh_rows), dtype), backend)
 
 
 @each_backend
 @pytest.mark.parametrize("terms", [0, 1, 2, 6, 55, 1023])
-def test_any_number_of_other_terms_up_to_1023(terms, backend):
+def test_any_number_of_other_terms_up_to_1023(terms: int, backend: str) -> None:
     verify(replace(EVERYTHING, terms=terms, batch=1, tokens=3, channels=11, position=terms // 2), backend)
 
 
 @each_backend
-def test_the_slot_counts_as_one_of_1024_terms(backend):
+def test_the_slot_counts_as_one_of_1024_terms(backend: str) -> None:
     call = build(Form(terms=1024, batch=1, tokens=1, channels=1, slot="float32"))
     before = call.snapshot()
     with pytest.raises(REFUSED, match="features: at most 1024 terms in one call, got 1025"):
@@ -131,7 +132,7 @@ def test_the_slot_counts_as_one_of_1024_terms(backend):
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("slot", SLOTS[:3])
-def test_the_store_is_a_copy_with_one_rounding(slot, dtype, backend):
+def test_the_store_is_a_copy_with_one_rounding(slot: str, dtype: torch.dtype, backend: str) -> None:
     call = build(replace(of_dtype(REFRESH, dtype), slot=slot, channels=37))
     a = call.arguments
     expected = a["slot"].clone()
@@ -147,7 +148,7 @@ def test_the_store_is_a_copy_with_one_rounding(slot, dtype, backend):
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])
-def test_a_float8_row_is_within_its_rounding_of_the_fresh_row_and_uses_the_whole_range(magnitude, dtype, backend):
+def test_a_float8_row_is_within_its_rounding_of_the_fresh_row_and_uses_the_whole_range(magnitude: float, dtype: torch.dtype, backend: str) -> None:
     call = build(of_dtype(replace(SCATTERS["float8-store"], channels=97), dtype))
     a = call.arguments
     a["fresh"].mul_(magnitude)
@@ -159,7 +160,7 @@ def test_a_float8_row_is_within_its_rounding_of_the_fresh_row_and_uses_the_whole
 
 
 @each_backend
-def test_a_float8_row_of_zeros_has_scale_one(backend):
+def test_a_float8_row_of_zeros_has_scale_one(backend: str) -> None:
     call = build(SCATTERS["float8-store"])
     call.arguments["fresh"][1, 2] = 0.0
     call.run(backend)
@@ -168,7 +169,7 @@ def test_a_float8_row_of_zeros_has_scale_one(backend):
 
 
 @each_backend
-def test_rows_without_a_fresh_row_keep_their_float8_scale(backend):
+def test_rows_without_a_fresh_row_keep_their_float8_scale(backend: str) -> None:
     call = build(SCATTERS["float8-refresh"])
     a = call.arguments
     kept, before = a["fresh_slots"] < 0, a["slot_scale"].clone()
@@ -181,7 +182,7 @@ def test_rows_without_a_fresh_row_keep_their_float8_scale(backend):
 @each_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("channel", [0, 15, 16, 36])
-def test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does(channel, value, backend):
+def test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does(channel: int, value: float, backend: str) -> None:
     stored = []
     for name in (backend, "eager"):
         call = build(replace(SCATTERS["float8-store"], channels=37))
@@ -194,7 +195,7 @@ def test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does(channe
 
 @each_backend
 @pytest.mark.parametrize("slot", [FLOAT8, "float16", "bfloat16"])
-def test_the_store_rounds_any_pattern_of_bits_as_pytorch_does(slot, backend):
+def test_the_store_rounds_any_pattern_of_bits_as_pytorch_does(slot: str, backend: str) -> None:
     patterns = torch.randint(-(2**31), 2**31, (2**17,), generator=torch.Generator().manual_seed(1), dtype=torch.int64)
     if slot == FLOAT8:  # magnitudes of float8 and ties between its neighbours; 448 in each row makes the scale one
         patterns = torch.cat([torch.arange(0x3A000000, 0x43E00000, 2**10), torch.arange(0x3A000000, 0x43E00000, 2**19) + 2**19])
@@ -214,7 +215,7 @@ def test_the_store_rounds_any_pattern_of_bits_as_pytorch_does(slot, backend):
 
 
 @each_backend
-def test_rows_that_are_not_packed_and_not_summed_are_still_stored(backend):
+def test_rows_that_are_not_packed_and_not_summed_are_still_stored(backend: str) -> None:
     call = build(replace(SCATTERS["store-without-x"], rows=1))
     call = call.given(row_slots=torch.tensor([[-1, -1, -1, 0, -1, -1]] * 2, dtype=torch.int32), fresh_slots=torch.tensor([[0, 1, 2, -1, 0, 1]] * 2, dtype=torch.int32))
     call.run(backend)
@@ -226,7 +227,7 @@ def test_rows_that_are_not_packed_and_not_summed_are_still_stored(backend):
 
 @each_backend
 @pytest.mark.parametrize("slot", SLOTS)
-def test_what_an_unwritten_slot_holds_does_not_matter_once_every_row_is_fresh(slot, backend):
+def test_what_an_unwritten_slot_holds_does_not_matter_once_every_row_is_fresh(slot: str, backend: str) -> None:
     call = build(Form(terms=0, slot=slot, gate="BD"))
     expected = build(Form(terms=0, slot=slot, gate="BD")).run(backend)
     call.arguments["slot"].view(torch.uint8).fill_(0xFF)
@@ -237,7 +238,7 @@ def test_what_an_unwritten_slot_holds_does_not_matter_once_every_row_is_fresh(sl
 
 @each_backend
 @pytest.mark.parametrize("slot", SLOTS)
-def test_nan_in_fresh_rows_that_no_token_takes_is_not_read(slot, backend):
+def test_nan_in_fresh_rows_that_no_token_takes_is_not_read(slot: str, backend: str) -> None:
     call = build(Form(terms=0, slot=slot, fresh_rows=3))
     call = call.given(fresh_slots=torch.tensor([[1, -1, 1, -1, -1, 1]] * 2, dtype=torch.int32))
     call.arguments["fresh"][:, [0, 2]] = float("nan")
@@ -247,7 +248,7 @@ def test_nan_in_fresh_rows_that_no_token_takes_is_not_read(slot, backend):
 
 @each_backend
 @pytest.mark.parametrize("channel", [0, 15, 16, 36])
-def test_nan_in_a_fresh_row_stays_with_the_tokens_that_take_it(channel, backend):
+def test_nan_in_a_fresh_row_stays_with_the_tokens_that_take_it(channel: int, backend: str) -> None:
     call = build(Form(terms=1, slot="bfloat16", fresh_rows=3, channels=37))
     call = call.given(fresh_slots=torch.tensor([[0, 1, 2, -1, 1, 0]] * 2, dtype=torch.int32))
     call.arguments["fresh"][0, 1, channel] = float("nan")
@@ -261,7 +262,7 @@ def test_nan_in_a_fresh_row_stays_with_the_tokens_that_take_it(channel, backend)
 @each_backend
 @each_precision
 @pytest.mark.parametrize("form", EXACT_STORES.values(), ids=EXACT_STORES)
-def test_with_every_row_fresh_it_is_an_update_with_the_fresh_feature(form, precision, backend):
+def test_with_every_row_fresh_it_is_an_update_with_the_fresh_feature(form: Form, precision: Precision, backend: str) -> None:
     call = build(replace(form, fresh_rows=None).of(precision))
     expected = updated_by(call, backend, call.arguments["fresh"])
     found = call.run(backend)
@@ -271,7 +272,7 @@ def test_with_every_row_fresh_it_is_an_update_with_the_fresh_feature(form, preci
 @each_backend
 @each_precision
 @pytest.mark.parametrize("name", ["refresh", "refresh-after-terms", "refresh-first", "refresh-modulated", "refresh-all"])
-def test_with_no_row_fresh_it_is_an_update_with_the_slot(name, precision, backend):
+def test_with_no_row_fresh_it_is_an_update_with_the_slot(name: str, precision: Precision, backend: str) -> None:
     call = build(SCATTERS[name].of(precision))
     call = call.given(fresh_slots=torch.full((2, 6), -1, dtype=torch.int32))
     before = call.arguments["slot"].clone()
@@ -283,7 +284,7 @@ def test_with_no_row_fresh_it_is_an_update_with_the_slot(name, precision, backen
 @each_backend
 @each_precision
 @pytest.mark.parametrize("form", PLAIN_SUMS.values(), ids=PLAIN_SUMS)
-def test_the_sum_reads_what_was_stored(form, precision, backend):
+def test_the_sum_reads_what_was_stored(form: Form, precision: Precision, backend: str) -> None:
     call = build(form.of(precision))
     found = call.run(backend)
     slot, slot_scale = call.arguments["slot"], call.arguments["slot_scale"]
@@ -292,7 +293,7 @@ def test_the_sum_reads_what_was_stored(form, precision, backend):
 
 
 @each_backend
-def test_renumbering_fresh_rows_and_map_changes_nothing(backend):
+def test_renumbering_fresh_rows_and_map_changes_nothing(backend: str) -> None:
     call, other = build(EVERYTHING), build(EVERYTHING)
     order = torch.tensor([2, 0, 3, 1])
     slots = other.arguments["fresh_slots"]
@@ -306,7 +307,7 @@ def test_renumbering_fresh_rows_and_map_changes_nothing(backend):
 
 @each_backend
 @pytest.mark.parametrize("slot", SLOTS)
-def test_the_map_of_all_rows_in_order_equals_no_map(slot, backend):
+def test_the_map_of_all_rows_in_order_equals_no_map(slot: str, backend: str) -> None:
     form = Form(terms=2, slot=slot, gate="BD", position=1)
     call, mapped = build(form), build(form)
     mapped = mapped.given(fresh_slots=torch.arange(6, dtype=torch.int32).expand(2, 6))
@@ -315,13 +316,13 @@ def test_the_map_of_all_rows_in_order_equals_no_map(slot, backend):
 
 
 @each_backend
-def test_position_minus_one_is_the_last_term(backend):
+def test_position_minus_one_is_the_last_term(backend: str) -> None:
     assert_same_bits(build(replace(EVERYTHING, position=-1)).run(backend), build(replace(EVERYTHING, position=3)).run(backend))
 
 
 @each_backend
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_the_newest_feature_is_the_slot_wherever_it_stands(position, backend):
+def test_the_newest_feature_is_the_slot_wherever_it_stands(position: int, backend: str) -> None:
     call = build(Form(terms=2, slot="float32", position=position, reference=True))
     call = call.given(reference=call.arguments["fresh"])
     assert call.run(backend).errors[:, 0].tolist() == [0.0, 0.0]
@@ -329,7 +330,7 @@ def test_the_newest_feature_is_the_slot_wherever_it_stands(position, backend):
 
 @each_backend
 @each_precision
-def test_leaving_out_x_changes_neither_h_nor_errors_nor_the_slot(precision, backend):
+def test_leaving_out_x_changes_neither_h_nor_errors_nor_the_slot(precision: Precision, backend: str) -> None:
     for form in (EVERYTHING, replace(EVERYTHING, rows=None)):
         kept, left_out = (build(replace(form, need_x=need_x).of(precision)) for need_x in (True, False))
         assert_same_bits(left_out.run(backend)[1:], kept.run(backend)[1:])
@@ -338,7 +339,7 @@ def test_leaving_out_x_changes_neither_h_nor_errors_nor_the_slot(precision, back
 
 @each_backend
 @each_dtype
-def test_twenty_runs_on_one_and_two_threads_give_the_same_bits(dtype, backend):
+def test_twenty_runs_on_one_and_two_threads_give_the_same_bits(dtype: torch.dtype, backend: str) -> None:
     form = of_dtype(replace(EVERYTHING, tokens=24, channels=769, rows=20, fresh_rows=11), dtype)
     before = torch.get_num_threads()
     try:
@@ -358,7 +359,7 @@ def test_twenty_runs_on_one_and_two_threads_give_the_same_bits(dtype, backend):
 
 @each_backend
 @each_scatter
-def test_outputs_share_memory_with_nothing(form, backend):
+def test_outputs_share_memory_with_nothing(form: Form, backend: str) -> None:
     call = build(form)
     result = [output for output in call.run(backend) if output is not None]
     memory = [tensor.untyped_storage().data_ptr() for tensor in (*result, *call.tensors().values())]
@@ -391,7 +392,7 @@ def overlapping(call: Call, memory: str) -> Tensor:
 
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
 @pytest.mark.parametrize(("memory", "name"), [(memory, name) for memory, names in SHARED_MEMORY.items() for name in names])
-def test_a_slot_that_overlaps_an_input_is_refused_or_gives_the_result_of_copies(memory, name, caller):
+def test_a_slot_that_overlaps_an_input_is_refused_or_gives_the_result_of_copies(memory: str, name: str, caller: str) -> None:
     form = Form(terms=1, slot="float32", gate="BND", norm=Norm.LAYER, shift="BND", scale="BND", affine=True, reference=True)
     shared, copies = build(form), build(form)
     for call in (shared, copies):
@@ -414,7 +415,7 @@ def test_a_slot_that_overlaps_an_input_is_refused_or_gives_the_result_of_copies(
 
 @each_backend
 @pytest.mark.parametrize("shape", [(1, 6, 24), (2, 1, 24)], ids=str)
-def test_a_slot_whose_rows_share_memory_is_refused_by_name(shape, backend):
+def test_a_slot_whose_rows_share_memory_is_refused_by_name(shape: tuple[int, ...], backend: str) -> None:
     call = build(Form(terms=0, slot="float32"))
     call = call.given(slot=torch.zeros(shape).expand(2, 6, 24))
     with pytest.raises(REFUSED, match=r"(^|\s)slot: "):
@@ -422,7 +423,7 @@ def test_a_slot_whose_rows_share_memory_is_refused_by_name(shape, backend):
 
 
 @each_backend
-def test_layers_of_one_buffer_are_not_taken_for_overlapping(backend):
+def test_layers_of_one_buffer_are_not_taken_for_overlapping(backend: str) -> None:
     buffer = random_values((2, 3, 6, 24), "float32", 1)
     call = build(Form(terms=1, slot="float32", fresh_rows=3)).given(slot=buffer[:, 1], features=[buffer[:, 0]])
     expected = build(Form(terms=1, slot="float32", fresh_rows=3)).given(slot=buffer[:, 1].clone(), features=[buffer[:, 0].clone()]).run(backend)
@@ -436,7 +437,7 @@ def test_layers_of_one_buffer_are_not_taken_for_overlapping(backend):
 
 @pytest.mark.parametrize("name", ["x", "slot", "fresh", "features[0]", "gates", "weights", "shift", "scale", "norm_weight", "norm_bias", "reference"])
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
-def test_an_input_that_requires_grad_is_refused_in_grad_mode_and_nothing_is_stored(caller, name):
+def test_an_input_that_requires_grad_is_refused_in_grad_mode_and_nothing_is_stored(caller: str, name: str) -> None:
     call = build(EVERYTHING)
     before = call.snapshot()
     call.tensors()[name].requires_grad_()
@@ -447,7 +448,7 @@ def test_an_input_that_requires_grad_is_refused_in_grad_mode_and_nothing_is_stor
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
-def test_it_runs_and_stores_where_no_gradient_is_wanted(caller, mode):
+def test_it_runs_and_stores_where_no_gradient_is_wanted(caller: str, mode: Callable) -> None:
     call, expecting = build(replace(EVERYTHING, reference=False)), build(replace(EVERYTHING, reference=False))
     expected = expecting.run(BACKENDS[0] if caller == "registered" else caller)
     with mode():
@@ -459,7 +460,7 @@ def test_it_runs_and_stores_where_no_gradient_is_wanted(caller, mode):
 
 
 @each_backend
-def test_tensors_made_in_inference_mode_are_taken_in_inference_mode(backend):
+def test_tensors_made_in_inference_mode_are_taken_in_inference_mode(backend: str) -> None:
     expecting = build(EVERYTHING)
     expected = expecting.run(backend)
     with torch.inference_mode():
@@ -470,7 +471,7 @@ def test_tensors_made_in_inference_mode_are_taken_in_inference_mode(backend):
 
 
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
-def test_the_version_counter_of_the_slot_rises(caller):
+def test_the_version_counter_of_the_slot_rises(caller: str) -> None:
     call = build(EVERYTHING)
     before = call.arguments["slot"]._version
     call.call_registered() if caller == "registered" else call.run(caller)
@@ -480,7 +481,7 @@ def test_the_version_counter_of_the_slot_rises(caller):
 
 @each_backend
 @each_precision
-def test_autocast_changes_neither_dtypes_nor_values(precision, backend):
+def test_autocast_changes_neither_dtypes_nor_values(precision: Precision, backend: str) -> None:
     call, plain = build(EVERYTHING.of(precision)), build(EVERYTHING.of(precision))
     expected = plain.run(backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -534,7 +535,7 @@ WRONG = {
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
 @pytest.mark.parametrize("form", [EVERYTHING, FLOAT8_FORM], ids=["float32", "float8"])
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
-def test_a_wrong_argument_is_named_in_the_error_and_nothing_is_stored(case, form, caller):
+def test_a_wrong_argument_is_named_in_the_error_and_nothing_is_stored(case: tuple[str, Callable], form: Form, caller: str) -> None:
     name, change = case
     call = build(form)
     before = call.snapshot()
@@ -546,5 +547,5 @@ def test_a_wrong_argument_is_named_in_the_error_and_nothing_is_stored(case, form
 
 
 @pytest.mark.parametrize("form", [EVERYTHING, FLOAT8_FORM], ids=["float32", "float8"])
-def test_the_forms_that_are_spoiled_above_are_accepted(form):
+def test_the_forms_that_are_spoiled_above_are_accepted(form: Form) -> None:
     build(form).call_registered()

@@ -1,5 +1,6 @@
 """ResidualStream against the plain equations, and its promise of one launch."""
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[str]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every operator call that the stream makes, by name."""
     made: list[str] = []
     for name in ("residual_update", "residual_update_scatter_"):
@@ -71,7 +72,7 @@ def launches(monkeypatch) -> list[str]:
 
 
 @each_backend
-def test_a_block_equals_its_plain_equations(backend):
+def test_a_block_equals_its_plain_equations(backend: str) -> None:
     x, attention, mlp = (tensor(B, N, D, seed=seed) for seed in range(3))
     shift, scale, gate, shift2, scale2, gate2 = tensor(B, 6 * D, seed=3).chunk(6, 1)
     with use_backend(backend):
@@ -92,7 +93,7 @@ def test_a_block_equals_its_plain_equations(backend):
 
 @each_backend
 @pytest.mark.parametrize("norm", [Norm.LAYER, Norm.RMS, Norm.IDENTITY])
-def test_norms_and_their_affine_part_equal_those_of_torch(norm, backend):
+def test_norms_and_their_affine_part_equal_those_of_torch(norm: Norm, backend: str) -> None:
     x, weight, bias, scale = tensor(B, N, D), tensor(D, seed=1), tensor(D, seed=2), tensor(B, D, seed=3)
     affine = {"weight": weight, "bias": bias} if norm is not Norm.IDENTITY else {}
     with use_backend(backend):
@@ -106,7 +107,7 @@ def test_norms_and_their_affine_part_equal_those_of_torch(norm, backend):
 
 
 @each_backend
-def test_terms_of_one_launch_are_rounded_once(backend):
+def test_terms_of_one_launch_are_rounded_once(backend: str) -> None:
     x = torch.full((1, 1, 8), 256.0, dtype=torch.bfloat16)
     half = torch.full((1, 1, 8), 0.75, dtype=torch.bfloat16)  # alone below half a step of 2
     with use_backend(backend):
@@ -117,7 +118,7 @@ def test_terms_of_one_launch_are_rounded_once(backend):
 
 
 @each_backend
-def test_the_stream_gives_the_bits_of_the_operators(backend):
+def test_the_stream_gives_the_bits_of_the_operators(backend: str) -> None:
     x, first, second = (tensor(B, N, D, seed=seed, dtype=torch.bfloat16) for seed in range(3))
     gates = tensor(5, B, D, seed=3, dtype=torch.bfloat16)
     with use_backend(backend):
@@ -131,14 +132,14 @@ def test_the_stream_gives_the_bits_of_the_operators(backend):
 
 @each_backend
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(GATES, repeat=2)))
-def test_two_kinds_of_gates_go_together(first, second, backend, launches):
+def test_two_kinds_of_gates_go_together(first: str, second: str, backend: str, launches: list[str]) -> None:
     check_gates((first, second), backend)
     assert launches == ["residual_update"]
 
 
 @each_backend
 @pytest.mark.parametrize("weighted", [False, True])
-def test_every_kind_of_gate_goes_together_in_one_launch(weighted, backend, launches):
+def test_every_kind_of_gate_goes_together_in_one_launch(weighted: bool, backend: str, launches: list[str]) -> None:
     kinds = [kind for kind in GATES if kind != "two-frames"]  # 2 and 3 frames together are tested above
     check_gates(tuple(kinds), backend, weighted)
     assert launches == ["residual_update"]
@@ -161,7 +162,7 @@ def check_gates(kinds: tuple[str, ...], backend: str, weighted: bool = False) ->
 
 
 @each_backend
-def test_one_tensor_as_a_gate_and_as_rows_of_gates(backend):
+def test_one_tensor_as_a_gate_and_as_rows_of_gates(backend: str) -> None:
     x, feature, table = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(B, D, seed=2)
     with use_backend(backend):
         stream = ResidualStream(x)
@@ -173,7 +174,7 @@ def test_one_tensor_as_a_gate_and_as_rows_of_gates(backend):
 
 @each_backend
 @pytest.mark.parametrize("dtypes", list(itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2)), ids=str)
-def test_gates_of_different_dtypes_go_together(dtypes, backend):
+def test_gates_of_different_dtypes_go_together(dtypes: tuple[torch.dtype, torch.dtype], backend: str) -> None:
     x, feature = tensor(B, N, D), tensor(B, N, D, seed=1)
     gates = [tensor(B, D, seed=2 + j, dtype=dtype) for j, dtype in enumerate(dtypes)]
     with use_backend(backend):
@@ -185,7 +186,7 @@ def test_gates_of_different_dtypes_go_together(dtypes, backend):
 
 
 @each_backend
-def test_features_of_different_dtypes_go_in_one_launch_each(backend, launches):
+def test_features_of_different_dtypes_go_in_one_launch_each(backend: str, launches: list[str]) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.bfloat16, torch.float16)
     x = tensor(B, N, D)
     features = [tensor(B, N, D, seed=1 + j, dtype=dtype) for j, dtype in enumerate(dtypes)]
@@ -202,7 +203,7 @@ def test_features_of_different_dtypes_go_in_one_launch_each(backend, launches):
 
 @each_backend
 @pytest.mark.parametrize(("terms", "expected"), [(1024, 1), (1025, 2), (2050, 3)])
-def test_more_terms_than_one_launch_holds(terms, expected, backend, launches):
+def test_more_terms_than_one_launch_holds(terms: int, expected: int, backend: str, launches: list[str]) -> None:
     x, features, gates = tensor(1, 2, 8), tensor(terms, 1, 2, 8, seed=1), tensor(terms, 1, 8, seed=2)
     with use_backend(backend):
         stream = ResidualStream(x)
@@ -217,7 +218,7 @@ def test_more_terms_than_one_launch_holds(terms, expected, backend, launches):
 
 
 @each_backend
-def test_rows_gives_the_selected_tokens_in_the_order_of_their_index(backend):
+def test_rows_gives_the_selected_tokens_in_the_order_of_their_index(backend: str) -> None:
     x, feature, gate = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(B, D, seed=2)
     index = torch.tensor([[4, 0, 2], [1, -1, 5]])
     with use_backend(backend):
@@ -234,7 +235,7 @@ def test_rows_gives_the_selected_tokens_in_the_order_of_their_index(backend):
 @each_backend
 @pytest.mark.parametrize("before", [0, 1, 2])
 @pytest.mark.parametrize("after", [0, 2])
-def test_refresh_stores_rows_and_adds_the_slot_in_its_place_of_the_queue(after, before, backend, launches):
+def test_refresh_stores_rows_and_adds_the_slot_in_its_place_of_the_queue(after: int, before: int, backend: str, launches: list[str]) -> None:
     x, slot, fresh = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(B, 3, D, seed=2)
     features, gates = tensor(4, B, N, D, seed=3), tensor(5, B, D, seed=4)
     index = torch.tensor([[0, 3, 5], [2, 1, 4]])
@@ -257,7 +258,7 @@ def test_refresh_stores_rows_and_adds_the_slot_in_its_place_of_the_queue(after, 
 
 
 @each_backend
-def test_refresh_of_all_rows_needs_no_map_and_waits_for_the_launch(backend):
+def test_refresh_of_all_rows_needs_no_map_and_waits_for_the_launch(backend: str) -> None:
     x, slot, fresh = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(B, N, D, seed=2)
     before = slot.clone()
     with use_backend(backend):
@@ -269,7 +270,7 @@ def test_refresh_of_all_rows_needs_no_map_and_waits_for_the_launch(backend):
 
 
 @each_backend
-def test_two_refreshes_take_two_launches_in_order(backend, launches):
+def test_two_refreshes_take_two_launches_in_order(backend: str, launches: list[str]) -> None:
     x, slots, fresh = tensor(B, N, D), tensor(2, B, N, D, seed=1), tensor(2, B, N, D, seed=2)
     with use_backend(backend):
         stream = ResidualStream(x)
@@ -282,7 +283,7 @@ def test_two_refreshes_take_two_launches_in_order(backend, launches):
 
 
 @each_backend
-def test_refreshing_one_slot_twice_stores_the_second_and_adds_both(backend):
+def test_refreshing_one_slot_twice_stores_the_second_and_adds_both(backend: str) -> None:
     x, slot, fresh = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(2, B, N, D, seed=2)
     with use_backend(backend):
         stream = ResidualStream(x)
@@ -295,7 +296,7 @@ def test_refreshing_one_slot_twice_stores_the_second_and_adds_both(backend):
 
 @each_backend
 @pytest.mark.parametrize("first", ["add", "refresh"])
-def test_a_slot_that_is_queued_as_a_feature_and_refreshed_keeps_the_order_of_the_queue(first, backend):
+def test_a_slot_that_is_queued_as_a_feature_and_refreshed_keeps_the_order_of_the_queue(first: str, backend: str) -> None:
     x, slot, fresh = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(B, N, D, seed=2)
     old = slot.clone()
     with use_backend(backend):
@@ -314,7 +315,7 @@ def test_a_slot_that_is_queued_as_a_feature_and_refreshed_keeps_the_order_of_the
 
 
 @each_backend
-def test_every_modulated_and_value_is_one_launch(backend, launches):
+def test_every_modulated_and_value_is_one_launch(backend: str, launches: list[str]) -> None:
     x, gates = tensor(B, N, D), tensor(8, B, D, seed=1)
     with use_backend(backend):
         stream = ResidualStream(x)
@@ -328,7 +329,7 @@ def test_every_modulated_and_value_is_one_launch(backend, launches):
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("terms", [1, 2, 7])
-def test_a_launch_of_packed_gates_is_one_operator_and_nothing_else(terms, backend):
+def test_a_launch_of_packed_gates_is_one_operator_and_nothing_else(terms: int, backend: str) -> None:
     x, gates, features = tensor(B, N, D), tensor(8, B, D, seed=1), tensor(8, B, N, D, seed=2).unbind()
     with use_backend(backend):
         for _ in range(2):  # the second time, index and weight rows are kept from the first
@@ -341,7 +342,7 @@ def test_a_launch_of_packed_gates_is_one_operator_and_nothing_else(terms, backen
 
 
 @each_backend
-def test_a_value_with_nothing_pending_costs_nothing(backend, launches):
+def test_a_value_with_nothing_pending_costs_nothing(backend: str, launches: list[str]) -> None:
     x = tensor(B, N, D)
     with use_backend(backend):
         stream = ResidualStream(x)
@@ -352,7 +353,7 @@ def test_a_value_with_nothing_pending_costs_nothing(backend, launches):
 
 
 @each_backend
-def test_adding_launches_nothing(backend, launches):
+def test_adding_launches_nothing(backend: str, launches: list[str]) -> None:
     stream = ResidualStream(tensor(B, N, D))
     stream.add(tensor(B, N, D, seed=1), tensor(B, D))
     assert launches == [] and len(stream.pending) == 1
@@ -362,7 +363,7 @@ def test_adding_launches_nothing(backend, launches):
 
 
 @each_backend
-def test_x_is_never_modified(backend):
+def test_x_is_never_modified(backend: str) -> None:
     x = tensor(B, N, D)
     before, version = x.clone(), x._version
     with use_backend(backend):
@@ -377,7 +378,7 @@ def test_x_is_never_modified(backend):
 
 
 @each_backend
-def test_what_was_returned_is_not_modified_later(backend):
+def test_what_was_returned_is_not_modified_later(backend: str) -> None:
     with use_backend(backend):
         stream = ResidualStream(tensor(B, N, D))
         stream.add(tensor(B, N, D, seed=1))
@@ -393,7 +394,7 @@ def test_what_was_returned_is_not_modified_later(backend):
 @each_backend
 @pytest.mark.parametrize("launch", ["value", "modulated"])
 @pytest.mark.parametrize("through", ["x", "view", "out"])
-def test_a_change_of_x_while_updates_are_pending_is_an_error(through, launch, backend):
+def test_a_change_of_x_while_updates_are_pending_is_an_error(through: str, launch: str, backend: str) -> None:
     x = tensor(B, N, D)
     with use_backend(backend):
         stream = ResidualStream(x)
@@ -407,7 +408,7 @@ def test_a_change_of_x_while_updates_are_pending_is_an_error(through, launch, ba
 
 
 @each_backend
-def test_a_change_of_the_intermediate_value_while_updates_are_pending_is_an_error(backend):
+def test_a_change_of_the_intermediate_value_while_updates_are_pending_is_an_error(backend: str) -> None:
     with use_backend(backend):
         stream = ResidualStream(tensor(B, N, D))
         stream.add(tensor(B, N, D, seed=1))
@@ -419,7 +420,7 @@ def test_a_change_of_the_intermediate_value_while_updates_are_pending_is_an_erro
 
 
 @each_backend
-def test_updates_of_a_launch_that_failed_are_not_dropped_in_silence(backend):
+def test_updates_of_a_launch_that_failed_are_not_dropped_in_silence(backend: str) -> None:
     with use_backend(backend):
         stream = ResidualStream(tensor(B, N, D))
         stream.add(tensor(B, N, D, seed=1), torch.ones(D + 1))
@@ -429,14 +430,14 @@ def test_updates_of_a_launch_that_failed_are_not_dropped_in_silence(backend):
 
 
 @pytest.mark.parametrize("shape", [(N, D), (1, B, N, D)], ids=str)
-def test_x_of_another_rank_is_refused(shape):
+def test_x_of_another_rank_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"x: expected \[B, N, D\], got"):
         ResidualStream(torch.zeros(shape))
 
 
 @each_backend
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_it_runs_where_no_gradient_is_wanted(mode, backend):
+def test_it_runs_where_no_gradient_is_wanted(mode: Callable, backend: str) -> None:
     with mode(), use_backend(backend):
         x, feature = tensor(B, N, D), tensor(B, N, D, seed=1)
         stream = ResidualStream(x)
@@ -445,7 +446,7 @@ def test_it_runs_where_no_gradient_is_wanted(mode, backend):
 
 
 @each_backend
-def test_rows_of_constants_made_in_inference_mode_serve_outside_it(backend):
+def test_rows_of_constants_made_in_inference_mode_serve_outside_it(backend: str) -> None:
     x, gates = tensor(B, N, D), tensor(3, B, D)
     with use_backend(backend):
         for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
@@ -513,21 +514,21 @@ def model() -> Model:
 
 
 @each_backend
-def test_the_model_below_equals_its_plain_equations(model, backend):
+def test_the_model_below_equals_its_plain_equations(model: Model, backend: str) -> None:
     arguments = model_arguments(2)
     with use_backend(backend):
         torch.testing.assert_close(model(*arguments), plain_model(model, *arguments), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_a_model_with_residual_streams_is_one_graph_with_equal_values(compiler, model):
+def test_a_model_with_residual_streams_is_one_graph_with_equal_values(compiler: str, model: Model) -> None:
     arguments, compiled = model_arguments(2), model_arguments(2)
     found = torch.compile(model, fullgraph=True, backend=compiler)(*compiled)
     torch.testing.assert_close(found, plain_model(model, *arguments), rtol=1e-4, atol=1e-4)
     assert_same_bits(compiled[2], arguments[3])
 
 
-def test_a_model_with_residual_streams_compiles_once_for_all_batch_sizes(model):
+def test_a_model_with_residual_streams_compiles_once_for_all_batch_sizes(model: Model) -> None:
     counter = CompileCounter()
     function = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for batch, tokens in ((2, 6), (3, 6), (5, 12), (4, 30), (7, 9)):
@@ -536,7 +537,7 @@ def test_a_model_with_residual_streams_compiles_once_for_all_batch_sizes(model):
     assert counter.frame_count == 1
 
 
-def test_rows_trace_with_their_map_as_an_argument():
+def test_rows_trace_with_their_map_as_an_argument() -> None:
     torch._dynamo.reset()
 
     def rows(x: Tensor, feature: Tensor, slots: fastcache.ops.SlotMap) -> Tensor:

@@ -123,7 +123,7 @@ void residual_update(StableIValue* stack, uint64_t inputs, uint64_t outputs, boo
   check_form(arguments);
   const torch::stable::accelerator::DeviceGuard guard(arguments.x.device_index);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(arguments.x.device_index, &stream));
+  FASTCACHE_MUST(aoti_torch_get_current_cuda_stream(arguments.x.device_index, &stream));
   Outputs results(arguments.x);
   void* updated = results.add(kUpdated, arguments.x.dtype, 3, arguments.x.sizes);
   if (!arguments.x.empty()) {

@@ -56,14 +56,34 @@ def load(name: str) -> CompiledLibrary:
         return CompiledLibrary(name, path, False, f"not built: {path.name} is absent; build it with `pip install --no-build-isolation .` or `make env`")
     try:
         torch.ops.load_library(str(path))
-        digest = ctypes.CDLL(str(path)).fastcache_schema_digest
+        _refuse_stale(path)
     except (OSError, AttributeError, RuntimeError) as error:
-        raise ImportError(f"fastcache: {path.name} is there but cannot be loaded: {error}. Rebuild it with `pip install --no-build-isolation .` (or delete it to run on eager PyTorch)") from error
+        message = f"fastcache: {path.name} is there but cannot be loaded: {error.__cause__ or error}. Rebuild it with `pip install --no-build-isolation .` (or delete it to run on eager PyTorch)"
+        raise ImportError(message) from error
+    return CompiledLibrary(name, path, True, "loaded")
+
+
+def _refuse_stale(path: Path) -> None:
+    """Raise ImportError if the library, which this process has loaded, was built from another schema.def."""
+    digest = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY).fastcache_schema_digest
     digest.restype = ctypes.c_char_p
     built = digest().decode()
     if built != schema_digest():
-        raise ImportError(f"fastcache: {path.name} was built from another operator schema ({built}, the sources have {schema_digest()}). Rebuild it with `pip install --no-build-isolation .` or `make env`")
-    return CompiledLibrary(name, path, True, "loaded")
+        message = f"fastcache: {path.name} was built from another operator schema ({built}, the sources have {schema_digest()}). Rebuild it with `pip install --no-build-isolation .` or `make env`"
+        raise ImportError(message)
+
+
+def _refuse_other_registration() -> None:
+    """Raise ImportError if what this process has registered is not what these sources describe."""
+    compiled = PACKAGE / "lib" / "libfastcache_cpu.so"
+    try:
+        _refuse_stale(compiled)  # an import that was refused leaves its operators behind
+    except OSError:
+        pass  # not loaded from here: a second copy of the package registered them
+    found = {str(getattr(torch.ops.fastcache, name).default._schema) for name in OPERATORS}
+    if found != {f"fastcache::{torch._C.parse_schema(schema)}" for schema in schemas()}:
+        message = "fastcache: another version of the package has registered its operators in this process; start a new process, with one version on the path"
+        raise ImportError(message)
 
 
 def cpu_capability(library: CompiledLibrary) -> str:
@@ -71,7 +91,10 @@ def cpu_capability(library: CompiledLibrary) -> str:
 
     Raises RuntimeError if FASTCACHE_CPU_CAPABILITY asks for one that cannot run.
     """
-    handle = ctypes.CDLL(str(library.path))
+    try:
+        handle = ctypes.CDLL(str(library.path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return "unknown: another copy of the package registered the operators"
     for name in ("fastcache_cpu_capability", "fastcache_cpu_capability_error"):
         getattr(handle, name).restype = ctypes.c_char_p
     found = handle.fastcache_cpu_capability()
@@ -88,6 +111,7 @@ def registered() -> bool:
 def register() -> dict[str, CompiledLibrary]:
     """Define the operators, load what was compiled, add fake, autograd and fallback kernels."""
     if registered():
+        _refuse_other_registration()
         logger.warning("the fastcache operators are already registered in this process; the first registration stays")
         reason = "registered by an earlier import of fastcache in this process"
         return {name: CompiledLibrary(name, PACKAGE / "lib" / f"libfastcache_{name}.so", _has_kernel(key), reason) for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))}
