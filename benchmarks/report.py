@@ -15,6 +15,7 @@ from benchmarks.session import SessionRow, Way
 from benchmarks.timing import Timing
 
 NOISY = 1.5  # p90 over p10 beyond which a median is marked
+BUSY = 0.2  # share of noisy timings beyond which a run is not to be quoted
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def _head(report: Report) -> list[str]:
         "# FastCache benchmarks",
         "",
         *(["**A quick run, on sizes that mean nothing.**", ""] if report.quick else []),
+        *(["**The machine was busy: too many timings of this run are noisy for its ratios to be quoted. Repeat it on a quiet one.**", ""] if noisy > BUSY * len(timings) else []),
         f"{where.processor}, {where.device}, {where.threads} threads, last-level cache {machine.last_level_cache_bytes / 2**20:.0f} MiB; "
         f"torch {where.torch} ({machine.torch_cpu_capability}), FastCache {where.fastcache}, backend {where.backend} ({machine.fastcache_cpu_capability}), Python {where.python}; {machine.date}.",
         f"{report.seconds:.0f} s; load {machine.load:.1f} at the start, {report.load_after:.1f} at the end; {noisy} of {len(timings)} timings are noisy (p90 beyond {NOISY} x p10), marked ~. "
@@ -151,10 +153,10 @@ def _absent(report: Report) -> list[str]:
 
 def row_table(rows: Iterable[Row]) -> list[str]:
     """Every contender of some cases."""
-    headings = ("size", "dtype", "contender", "MB", "cache", "median us", "p10", "p90", "rounds", "GB/s", "of copy", "x naive", "x best eager", "x compile", "error")
+    headings = ("size", "dtype", "contender", "MB", "cache", "median us", "p10", "p90", "best", "rounds", "GB/s", "of copy", "x naive", "x best eager", "x compile", "error")
     cells = [
         (
-            row.size, row.dtype, row.provider, f"{row.bytes / 1e6:.1f}", row.cache, microseconds(row.timing), f"{row.timing.p10_us:.0f}", f"{row.timing.p90_us:.0f}", row.timing.rounds,
+            row.size, row.dtype, row.provider, f"{row.bytes / 1e6:.1f}", row.cache, microseconds(row.timing), f"{row.timing.p10_us:.0f}", f"{row.timing.p90_us:.0f}", f"{row.timing.best_us:.0f}", row.timing.rounds,
             f"{row.gbps:.1f}", percent(row.share_of_copy), *(times(ratio) for ratio in ratios(row).values()), f"{row.error:.0e}",
         )  # fmt: skip
         for row in rows

@@ -1,4 +1,6 @@
 """A tensor that stands for a residual stream whose updates have not been applied yet."""
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,9 @@ class Deferred(Tensor):
     def materialised(self) -> Tensor:
         """The value [B, N, D], computed at the first call; it aliases no other tensor."""
         if self.value is None:
-            stream = ResidualStream(self._start, self._terms, guard=self._guard)
+            # a refresh that is also pending in the running stream must not be written twice
+            terms = tuple(term if term.fresh is None else dataclasses.replace(term, feature=term.feature.clone()) for term in self._terms)
+            stream = ResidualStream(self._start, terms, guard=self._guard)
             self.value = stream.value() if self._terms else self._start.clone()
             self._start, self._terms = None, ()
         return self.value
@@ -49,7 +53,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in _METADATA:
+        if func in _METADATA and isinstance(args[0], Deferred) and args[0].value is None:
             return super().__torch_function__(func, types, args, kwargs or {})
         args, kwargs = _real((args, kwargs or {}))
         return func(*args, **kwargs)

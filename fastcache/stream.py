@@ -8,6 +8,7 @@
     x = stream.value()                       # one launch: add
 """
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,8 @@ class ResidualStream:
 
     def refresh(self, slot: Tensor, fresh: Tensor, slots: SlotMap | None = None, gate: Tensor | None = None, *, gate_row: int | None = None) -> None:
         """Queue: slot [B, N, D] takes the fresh rows [B, K, D] of `slots` (all rows without), then x += gate * slot."""
-        if self._refreshing:
-            self._flush()
+        if self._refreshing or any(same_memory(term.feature, slot) for term in self._pending):
+            self._flush()  # one refresh a launch, and terms queued before it see the slot as it was
         self._queue(Term(slot, gate, gate_row, None, fresh, None if slots is None else slots.slots))
         self._refreshing = True
 
@@ -88,15 +89,19 @@ class ResidualStream:
         return self._x
 
     def _queue(self, term: Term) -> None:
-        # all features of one launch share a dtype, and a launch holds MAX_TERMS of them
-        if self._pending and (term.feature.dtype != self._pending[0].feature.dtype or len(self._pending) == MAX_TERMS):
+        # all features of one launch share a dtype, a launch holds MAX_TERMS of them, and a slot that
+        # is refreshed in a launch is none of its other terms
+        if self._pending and (
+            term.feature.dtype != self._pending[0].feature.dtype or len(self._pending) == MAX_TERMS
+            or (self._refreshing and any(queued.fresh is not None and same_memory(queued.feature, term.feature) for queued in self._pending))
+        ):
             self._flush()
         self._pending.append(term)
 
     def _flush(self, norm: Norm = Norm.NONE, shift=None, scale=None, norm_weight=None, norm_bias=None, eps: float = 1e-6, rows: SlotMap | None = None) -> Tensor | None:
         if self._guard is not None and self._x._version != self._guard:
             raise RuntimeError("x was modified in place while updates of the residual stream were pending; modify a copy, or call stream.value() first and open a new stream on what you modify")
-        terms, self._pending, self._refreshing = self._pending, [], False
+        terms = self._pending
         gates, gate_index = packed_gates(terms, self._x)
         position = next((j for j, term in enumerate(terms) if term.fresh is not None), None)
         options = dict(
@@ -109,6 +114,7 @@ class ResidualStream:
             features = [term.feature for j, term in enumerate(terms) if j != position]
             slot = terms[position]
             result = residual_update_scatter_(self._x, slot.feature, slot.fresh, slot.fresh_slots, features, position=position, **options)
+        self._pending, self._refreshing = [], False  # only now: a launch that raised loses nothing
         if terms:
             self._x, self._guard = result.x, tensor_version(result.x)
         return result.h
@@ -119,13 +125,18 @@ def tensor_version(tensor: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors start at the same place (while tracing: if they are one object)."""
+    return a is b or (not torch.compiler.is_compiling() and a.numel() > 0 and a.data_ptr() == b.data_ptr())
+
+
 def packed_gates(terms: list[Term], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gates of all terms in the form of the operator: (gates, gate_index)."""
     gated = [term for term in terms if term.gate is not None]
     if not gated:
         return None, None
     first = gated[0]
-    if all(term.gate is first.gate for term in gated):
+    if all(term.gate is first.gate and (term.gate_row is None) == (first.gate_row is None) for term in gated):
         if first.gate_row is not None and (len(terms) > 1):
             return first.gate, constant_row(tuple(-1 if term.gate is None else term.gate_row for term in terms), torch.int32, x.device)
         gate = first.gate if first.gate_row is None else first.gate[first.gate_row]
@@ -133,7 +144,7 @@ def packed_gates(terms: list[Term], x: Tensor) -> tuple[Tensor | None, Tensor | 
             return gate, None
         return gate[None], constant_row(tuple(-1 if term.gate is None else 0 for term in terms), torch.int32, x.device)
     vectors = [_vector_3d(term.gate if term.gate_row is None else term.gate[term.gate_row], x) for term in gated]
-    frames = max(vector.shape[1] for vector in vectors)
+    frames = math.lcm(*(vector.shape[1] for vector in vectors))  # each divides N, so this does too
     batch = max(vector.shape[0] for vector in vectors)
     packed = torch.stack([_frames(vector, frames).expand(batch, frames, -1) for vector in vectors])
     rows = iter(range(len(gated)))

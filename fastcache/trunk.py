@@ -1,4 +1,5 @@
 """One pass through a host's blocks by a step's plan: the way of a call below the session."""
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class Trunk:
         self._stores: dict[int, FeatureStore] = {}
         self._stream: ResidualStream | None = None
         self._tip: Deferred | None = None
+        self._handed: weakref.WeakSet[Deferred] = weakref.WeakSet()
 
     @property
     def nbytes(self) -> int:
@@ -83,8 +85,11 @@ class Trunk:
         self._checked = False
 
     def close(self) -> Done:
-        """End the model call."""
+        """End the model call. What the host still holds gets its value before slots are written again."""
         self._stream = self._tip = None
+        for deferred in list(self._handed):
+            deferred.materialised()
+        self._handed.clear()
         self._memo = {}
         return Done(self._plan.kind, self._recomputed)
 
@@ -117,6 +122,8 @@ class Trunk:
     def _handed_on(self, number: int, stream: ResidualStream, last: bool) -> Tensor:
         if not last and not _hooked(self._blocks[number]):
             self._stream, self._tip = stream, Deferred(stream)
+            if self._own:
+                self._handed.add(self._tip)
             return self._tip
         value = stream.value()
         self._stream = self._tip = None

@@ -68,6 +68,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return _CHOICE.get(device.type) or _first_that_agrees(device)
 
 
+def traced(dtype: torch.dtype):
+    """What torch.compile sees: the registered operators, and plain PyTorch for float64."""
+    return eager if dtype is torch.float64 else torch.ops.fastcache
+
+
 def chosen_name(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Name of the backend that `choose` returns, for reports."""
     if _forced.get() is not None:
@@ -124,15 +129,19 @@ def _first_that_agrees(device: torch.device) -> ModuleType:
     for name in ORDER.get(device.type, ("eager",)):
         if not _STATUS[name].available:
             continue
-        if name == "eager" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if name == "eager" or _capturing():
             break  # nothing can be checked while a graph is captured, and nothing is remembered
         error = selfcheck.disagreement(_module(name), device)
         if not error:
             break
         logger.warning("backend %s disagrees with eager on %s and will not be used: %s", name, device, error)
-    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not _capturing():
         _AGREED[device] = _module(name)
     return _module(name)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _interpreted() -> bool:

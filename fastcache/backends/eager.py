@@ -76,7 +76,9 @@ def residual_update_scatter_(
     Source of the method: ToCa, token-wise refresh (spec section 2.2, step 5).
     """
     checks.residual_update_scatter(x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
-    store_rows_(slot, fresh, fresh_slots, slot_scale)
+    x, reference, gates, shift, scale, norm_weight, norm_bias = (apart(t, slot) for t in (x, reference, gates, shift, scale, norm_weight, norm_bias))
+    features, scales = [apart(feature, slot) for feature in features], apart(scales, slot_scale)
+    store_rows_(slot, apart(fresh, slot), fresh_slots, slot_scale)
     position = len(features) if position < 0 else position
     terms = [decompressed(feature, scales, j + (j >= position), x) for j, feature in enumerate(features)]
     refreshed = widened(slot, x) if slot_scale is None else widened(slot, x) * slot_scale[..., None]
@@ -85,13 +87,13 @@ def residual_update_scatter_(
 
 
 def _outputs(x, terms, newest, gates, gate_index, weights, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x) -> tuple[Tensor, Tensor, Tensor]:
-    total = widened(x, x, copy=True)
+    total = widened(x, x)
     for j, feature in enumerate(terms):
         coefficient = gate_of_term(gates, gate_index, j, x)
         if weights is not None:
             coefficient = weights[j].to(total.dtype) if coefficient is None else weights[j] * coefficient
         total = total + (feature if coefficient is None else coefficient * feature)
-    updated = total.to(x.dtype)
+    updated = fresh_contiguous(total, x.dtype, x)
     h = modulated_rows(updated, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count) if norm else x.new_empty(0)
     errors = x.new_empty(0, dtype=torch.float32) if reference is None else error_sums(newest, widened(reference, x))
     return updated if need_x else x.new_empty(0), h, errors
@@ -123,7 +125,7 @@ def modulated_rows(x: Tensor, norm: int, shift, scale, norm_weight, norm_bias, e
         row = row + shift
     if row_slots is not None:
         row = torch.where((index >= 0)[..., None], row, torch.zeros((), dtype=row.dtype, device=row.device))
-    return row.to(x.dtype)
+    return fresh_contiguous(row, x.dtype, x)
 
 
 def error_sums(feature: Tensor, reference: Tensor) -> Tensor:
@@ -181,9 +183,25 @@ def decompressed(feature: Tensor, scales: Tensor | None, j: int, x: Tensor) -> T
     return widened(feature, x) if scales is None else widened(feature, x) * scales[j][..., None]
 
 
-def widened(tensor: Tensor, x: Tensor, copy: bool = False) -> Tensor:
+def widened(tensor: Tensor, x: Tensor) -> Tensor:
     """The tensor in the accumulation type: float64 for float64 x, float32 for all others."""
-    return tensor.to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=copy)
+    return tensor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def fresh_contiguous(tensor: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """The tensor in a dtype, dense, and in other memory than x."""
+    result = tensor.to(dtype).contiguous()
+    return result.clone() if share_memory(result, x) else result
+
+
+def apart(tensor: Tensor | None, written: Tensor | None) -> Tensor | None:
+    """A copy of an input that shares memory with what will be written, else the input itself."""
+    return tensor.clone() if tensor is not None and written is not None and share_memory(tensor, written) else tensor
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors are views of one storage (while tracing: if they are one object)."""
+    return a is b or (not torch.compiler.is_compiling() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
 
 
 def packed_index(slots: Tensor, count: int) -> Tensor:

@@ -167,8 +167,15 @@ def _forward_only(name: str):
     def forward_only(keyset, *args, **kwargs):
         if torch.is_grad_enabled():
             refuse_grad(torch.utils._pytree.tree_leaves((args, kwargs)))
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        for argument in op._schema.arguments:  # what was written gets a new version
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = kwargs.get(argument.name, next(iter(args[names.index(argument.name):][:1]), None))
+                if written is not None and not written.is_inference():
+                    torch.autograd.graph.increment_version(written)
+        return outputs
 
+    names = [argument.name for argument in op._schema.arguments]
     return forward_only
 
 

@@ -19,4 +19,12 @@ def residual_update(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.
 def residual_update_scatter_(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`torch.ops.fastcache.residual_update_scatter_`, arguments in schema order."""
     with _below_autograd():
-        return _scatter(*args, **kwargs)
+        outputs = _scatter(*args, **kwargs)
+    count_write(args[1])
+    return outputs
+
+
+def count_write(slot: torch.Tensor) -> None:
+    """Raise the version counter of a tensor that a kernel has written, where PyTorch keeps one."""
+    if not slot.is_inference():
+        torch.autograd.graph.increment_version(slot)

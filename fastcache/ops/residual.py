@@ -73,7 +73,7 @@ def residual_update(
     features = [features] if isinstance(features, Tensor) else list(features)
     args = (x, features, gates, gate_index, weights, scales, int(norm), shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
     if torch.compiler.is_compiling():
-        outputs = torch.ops.fastcache.residual_update.default(*args)
+        outputs = backends.traced(x.dtype).residual_update(*args)
     else:
         if torch.is_grad_enabled():
             refuse_grad((x, *features, gates, weights, scales, shift, scale, norm_weight, norm_bias, reference))
@@ -117,7 +117,7 @@ def residual_update_scatter_(
     features = [features] if isinstance(features, Tensor) else list(features)
     args = (x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, int(norm), shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
     if torch.compiler.is_compiling():
-        outputs = torch.ops.fastcache.residual_update_scatter_.default(*args)
+        outputs = backends.traced(x.dtype).residual_update_scatter_(*args)
     else:
         if torch.is_grad_enabled():
             refuse_grad((x, slot, fresh, *features, gates, weights, scales, shift, scale, norm_weight, norm_bias, reference))
