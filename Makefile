@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+# test processes, of one thread each: more threads than cores only wait for each other
 WORKERS ?= 2
 
 .PHONY: env demo quality test bench doctor train clean
@@ -33,8 +34,8 @@ quality: env
 	$(BIN)/fastcache quality --out out/quality
 
 test: env
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -n $(WORKERS) -q
-	$(BIN)/python -m pytest tests -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) -q
 
 bench: env
 	$(BIN)/python -m benchmarks.run --out out/bench

@@ -23,8 +23,10 @@ def draw_roofline(rows: Sequence[Row], copy_gbps: float, read_gbps: float, subti
     lines = -(-max(1, len(forms)) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines + 1.3), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
+    achieved = [row.gbps for row in rows] + [copy_gbps, read_gbps]
     for axis, form in zip(axes, forms):
         _panel(axis, [row for row in rows if row.form == form.value], form, copy_gbps, read_gbps)
+    axes[0].set_ylim(min(achieved) / 1.4, max(achieved) * 1.4)
     for axis in list(axes)[len(forms) :]:
         axis.set_visible(False)
     figure.suptitle(f"Least bytes of a form over its median time\n{subtitle}", fontsize=11)
@@ -48,7 +50,6 @@ def _panel(axis: Axes, rows: Sequence[Row], form: Form, copy_gbps: float, read_g
     axis.set_title(f"{form.value}\n", fontsize=10, loc="left", fontweight="bold")
     axis.text(0, 1.02, form.meaning, transform=axis.transAxes, fontsize=7)
     axis.set_xlabel("least bytes, MB", fontsize=8)
-    axis.set_ylim(top=1.5 * max(copy_gbps, read_gbps))
     axis.grid(True, which="both", linewidth=0.3, color="#cccccc")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -74,9 +74,8 @@ def build(name: str = "emulated", *flags: str) -> Emulated:
 
 def _folder(compiler: str, options: list[str]) -> Path:
     digest = hashlib.sha256(repr((compiler, options, torch.__version__)).encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*"), *EMULATOR.rglob("*")]):
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted([*(ROOT / "csrc").glob("*.*"), *(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "include").rglob("*.*"), *EMULATOR.iterdir()]):
+        digest.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"fastcache-emulated-{digest.hexdigest()[:16]}"
     folder.mkdir(exist_ok=True)
     return folder

@@ -122,8 +122,7 @@ def test_a_case_beyond_the_free_memory_is_absent_with_its_need():
 
 
 def test_a_spent_budget_leaves_every_case_absent_with_the_reason():
-    programme = Programme(sizes=(TINY,), forms_seconds=-1.0)
-    rows, absent = measure_forms(programme, CPU)
+    rows, absent = measure_forms(Programme(sizes=(TINY,)), CPU, deadline=0.0)
     assert rows == () and len(absent) == len(cases((TINY,)))
     assert "wall-time budget" in absent[0].reason
 

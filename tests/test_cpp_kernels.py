@@ -1,58 +1,35 @@
 """What only the compiled CPU kernels have: instruction sets, column tiles, thread counts, one owner per packed row."""
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastcache
 from cases import SCATTERS, UPDATES, Form, assert_same_bits, build, each_dtype, verify
-from fastcache.backends import library
 from fastcache.ops import Norm
-from processes import fails, succeeds
+from processes import succeeds
+from test_instruction_sets import SETS, VARIABLE
 
-TESTS = Path(__file__).resolve().parent
 CPU = fastcache.backends.LIBRARIES["cpu"]
-CAPABILITIES = ("avx512", "avx2", "default")
-# Together they walk every branch of the kernels: all forms, errors, conversions, tails, tiles.
-ESSENTIAL = ("values_lie_within", "at_most_a_tenth", "pattern_of_bits", "widened_exactly", "special_value_in_a_float8", "no_seams", "every_tail")
 
 pytestmark = pytest.mark.skipif(not CPU.loaded, reason=f"the compiled CPU kernels are not there: {CPU.reason}")
 
 
-def runs_here(capability: str) -> bool:
-    """Whether this build and this processor have the instruction set."""
-    return run_of(capability, "import torch, fastcache; fastcache.ops.residual_update(torch.zeros(1, 1, 1), [])").returncode == 0
-
-
-def run_of(capability: str, code: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"FASTCACHE_CPU_CAPABILITY": capability, "FASTCACHE_BACKEND": "cpp"}
-    return subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("capability", [name for name in CAPABILITIES if CPU.loaded and name != library.cpu_capability(CPU)])
-def test_the_operators_are_right_on_every_other_instruction_set(capability):
-    if not runs_here(capability):
-        pytest.skip(f"this processor or this build has no {capability}")
-    files = [str(TESTS / name) for name in ("test_residual_update.py", "test_residual_update_scatter.py", "test_cpp_kernels.py")]
-    selected = f"not eager and not strided and ({' or '.join(ESSENTIAL)})"
-    environment = os.environ | {"FASTCACHE_CPU_CAPABILITY": capability}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selected, *files], cwd=TESTS.parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
-def test_an_instruction_set_can_be_forced_and_is_reported():
-    code = "import fastcache; from fastcache.backends import library; print(library.cpu_capability(fastcache.backends.LIBRARIES['cpu']))"
-    assert succeeds(code, FASTCACHE_CPU_CAPABILITY="default").strip() == "default"
-
-
-def test_an_unknown_instruction_set_is_an_error_that_lists_the_usable_ones():
-    error = fails("import torch, fastcache; fastcache.ops.residual_update(torch.zeros(1, 1, 1), [])", FASTCACHE_CPU_CAPABILITY="mmx")
-    assert "FASTCACHE_CPU_CAPABILITY: expected one of" in error and "default" in error and "mmx" in error
+@pytest.mark.parametrize("name", SETS)
+def test_errors_and_column_tiles_on_every_instruction_set(name):
+    succeeds("""
+import sys
+sys.path.insert(0, "tests")
+from dataclasses import replace
+from cases import PRECISIONS, Form, verify
+from fastcache.ops import Norm
+import test_residual_update as update
+for precision in PRECISIONS.values():
+    for form in (Form(terms=8, gate="BD", packed=True), Form(terms=2, gate="BD", norm=Norm.LAYER, shift="BD", scale="BD")):
+        update.test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form, precision, "cpp")
+    for channels in (1281, 2561):
+        verify(replace(Form(terms=3, gate="BND", norm=Norm.LAYER).of(precision), channels=channels, tokens=5), "cpp")
+""", **{VARIABLE: name})
 
 
 @pytest.mark.parametrize("channels", [1279, 1280, 1281, 2559, 2561, 3900])

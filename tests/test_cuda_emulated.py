@@ -109,6 +109,15 @@ def test_any_batch_and_any_number_of_tokens_also_none(batch: int, tokens: int) -
         verify(replace(FORMS[name], batch=batch, tokens=tokens), "emulated")
 
 
+@pytest.mark.parametrize("norm", [Norm.NONE, Norm.IDENTITY], ids=["sum", "rows"])
+@pytest.mark.parametrize(("shape", "strides"), [((2, 1, 8), (2**31, 8, 1)), ((1, 2, 8), (8, 2**31, 1))], ids=["batch", "token"])
+def test_strides_beyond_two_to_the_31_elements(shape: tuple[int, ...], strides: tuple[int, ...], norm: Norm) -> None:
+    x = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided(shape, strides)  # pages that are not touched take no memory
+    x.copy_(torch.randn(shape))
+    found = cases.build(Form(batch=shape[0], tokens=shape[1], channels=8, x="bfloat16", feature="bfloat16", norm=norm)).given(x=x, features=[x]).run("emulated")
+    assert_same_bits(found.x, (x + x).contiguous())
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("channels", [1152, 3072])
 def test_the_order_in_which_threads_run_changes_no_bit(channels: int, seed: int, kernels) -> None:
@@ -202,7 +211,7 @@ def test_a_slot_that_shares_memory_with_an_input_is_refused_by_name() -> None:
 
 
 def test_a_kernel_without_its_barriers_gives_wrong_values(monkeypatch) -> None:
-    broken = emulated.build("emulated_without_barriers", "-DEMULATOR_WITHOUT_BARRIERS")
+    broken = emulated.build("emulated_without_barriers", "-DEMULATOR_WITHOUT_BARRIERS", "-O0")
     monkeypatch.setattr(cases.Call, "run", lambda call, name: broken.call(call))
     for seed in range(3):
         broken.seed(seed)

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "../overlap.h"
 #include "capability.h"
-#include "overlap.h"
 
 namespace fastcache {
 
@@ -60,26 +60,6 @@ void own_targets(std::vector<int32_t>& target, const Plan& plan, int64_t row_cou
     }
     for (int64_t k = 0; k < row_count; ++k) {
       if (owner[k] < 0) __builtin_memset(plan.modulated.at(b, k), 0, plan.modulated.row);
-    }
-  }
-}
-
-void check_slot_memory(const Arguments& a) {
-  if (overlaps_itself(a.slot)) fail("slot: its rows share memory; it is written in place and must own its rows, call .contiguous()");
-  if (a.slot_scale && overlaps_itself(a.slot_scale)) fail("slot_scale: its elements share memory; it is written in place, call .contiguous()");
-  const struct { const char* name; const Tensor& tensor; } reads[] = {
-      {"x", a.x}, {"fresh", a.fresh}, {"fresh_slots", a.fresh_slots}, {"gates", a.gates}, {"weights", a.weights}, {"scales", a.scales},
-      {"shift", a.shift}, {"scale", a.scale}, {"norm_weight", a.norm_weight}, {"norm_bias", a.norm_bias},
-      {"row_slots", a.row_slots}, {"reference", a.reference}, {"slot_scale", a.slot_scale}};
-  for (const auto& read : reads) {
-    if (overlap(a.slot, read.tensor)) fail(std::string("slot: is written in place and shares memory with ") + read.name + "; give it memory of its own");
-    if (&read.tensor != &a.slot_scale && a.slot_scale && overlap(a.slot_scale, read.tensor)) {
-      fail(std::string("slot_scale: is written in place and shares memory with ") + read.name + "; give it memory of its own");
-    }
-  }
-  for (int64_t j = 0; j < a.feature_count; ++j) {
-    if (overlap(a.slot, a.features[j]) || overlap(a.slot_scale, a.features[j])) {
-      fail("slot: is written in place and shares memory with features[" + std::to_string(j) + "]; give it memory of its own");
     }
   }
 }

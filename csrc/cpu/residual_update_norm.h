@@ -1,5 +1,9 @@
 // What happens to finished rows: normalise the rounded x', modulate. Two passes over rows that stay
-// in the first cache level (the row sum came with the rounding); the variance is two-pass.
+// in the first cache level (the row sum came with the rounding); the variance is two-pass. Rows are
+// read back in the type of x, and four rows share each load of factor and offset.
+// Lost: an fp32 copy of the row, one row at a time (1.2 times the time with a term, 1.6 times for a
+// norm alone, bf16). Not used: vcvtneps2bf16, which would save instructions but flushes subnormals;
+// non-temporal stores, because the next operator reads x' and h at once.
 #pragma once
 
 namespace {

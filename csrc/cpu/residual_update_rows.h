@@ -1,8 +1,10 @@
 // The rows of residual_update on a CPU, compiled once per instruction set (see isa_*.cpp).
 //
-// Moves, per element: x in, one read of each feature, x' out, h out; (J + 2) passes for a sum of J
-// features, 4 for one term with norm. Memory bandwidth limits it. A work unit is a block of tokens
-// of one sample; its fp32 sums stay in the first two cache levels for all J features.
+// Moves, per element: x in, each feature in once, x' out, h out: (J + 2) passes for a sum of J
+// features, 4 for one term with norm, 2 for a norm alone. A work unit is a block of four tokens of
+// one sample: residual_update_sum.h adds its terms, residual_update_norm.h makes h of it.
+// Memory bandwidth limits sums. With a norm, arithmetic counts too: bf16 in and out takes about 30
+// vector instructions per 32 elements, with which a Zen 4 core moves 16 (norm alone) to 22 GB/s.
 #pragma once
 
 #include "fastcache/plan.h"

@@ -164,18 +164,18 @@ def refuse_grad(tensors) -> None:
 def _forward_only(name: str):
     op = getattr(torch.ops.fastcache, name).default
 
+    written = [(position, argument.name) for position, argument in enumerate(op._schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
+
     def forward_only(keyset, *args, **kwargs):
         if torch.is_grad_enabled():
             refuse_grad(torch.utils._pytree.tree_leaves((args, kwargs)))
         outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-        for argument in op._schema.arguments:  # what was written gets a new version
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = kwargs.get(argument.name, next(iter(args[names.index(argument.name):][:1]), None))
-                if written is not None and not written.is_inference():
-                    torch.autograd.graph.increment_version(written)
+        for position, argument in written:
+            tensor = args[position] if position < len(args) else kwargs.get(argument)
+            if tensor is not None and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
         return outputs
 
-    names = [argument.name for argument in op._schema.arguments]
     return forward_only
 
 

@@ -12,6 +12,8 @@ _scatter = torch.ops.fastcache.residual_update_scatter_.default
 
 def residual_update(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`torch.ops.fastcache.residual_update`, arguments in schema order."""
+    if torch.is_inference_mode_enabled():
+        return _update(*args, **kwargs)
     with _below_autograd():
         return _update(*args, **kwargs)
 

@@ -43,12 +43,16 @@ struct Refresh {
   Type slot_type, fresh_type;
 };
 
+// Vectors of the norm half, in the order in which they act on h.
+enum { kNormWeight, kNormBias, kScale, kShift, kVectors };
+
 // All but the table of features.
 struct Common {
   int32_t B, N, D;
   int32_t term_count;  // the slot's included
   int32_t position;    // of the slot's term; term_count if there is none
   TokenRows x;
+  Type x_type;
   void* updated;       // x', contiguous; nullptr: not wanted
 
   VectorRows gates;
@@ -68,7 +72,7 @@ struct Common {
   void* modulated;       // h, contiguous; rows of SlotMap target
   SlotMap target;        // no data: token n writes row n
   int32_t target_count;  // rows of h in a sample
-  VectorRows shift, scale, norm_weight, norm_bias;
+  VectorRows vectors[kVectors];
   float eps;
 
   TokenRows reference;

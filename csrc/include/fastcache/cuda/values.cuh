@@ -10,7 +10,8 @@
 
 namespace fastcache::cuda {
 
-constexpr int size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kFloat8 ? 1 : 2; }
+template <Type type>
+constexpr int kSizeOf = type == Type::kFloat32 ? 4 : type == Type::kFloat8 ? 1 : 2;
 
 template <Type type>
 using Tag = std::integral_constant<Type, type>;
@@ -52,12 +53,12 @@ FASTCACHE_DEVICE uint32_t float_as_float8(float value) {
   if (magnitude >= 0x43f00000) return sign | 0x7f;
   // below 2^-6: adding 2^14 rounds to units of 2^-9 in the low bits
   if (magnitude < 0x3c800000) return sign | (__float_as_uint(bits_as_float(magnitude) + 16384.0f) - 0x46800000);
-  return sign | ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+  return sign | (((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3));
 }
 
 template <Type type, int V>
 struct Raw {
-  static constexpr int kBytes = size_of(type) * V;
+  static constexpr int kBytes = kSizeOf<type> * V;
   static constexpr int kWords = (kBytes + 3) / 4;
   uint32_t words[kWords] = {};
 
@@ -83,7 +84,7 @@ template <Type type, int V, Use use>
 FASTCACHE_DEVICE Raw<type, V> load(const void* data, int64_t offset) {
   using Values = Raw<type, V>;
   Values out;
-  const char* address = static_cast<const char*>(data) + offset * size_of(type);
+  const char* address = static_cast<const char*>(data) + offset * kSizeOf<type>;
   if constexpr (Values::kBytes % 16 == 0) {
     for (int i = 0; i < Values::kBytes / 16; ++i) {
       const uint4 four = load_word<use>(reinterpret_cast<const uint4*>(address) + i);
@@ -105,7 +106,7 @@ FASTCACHE_DEVICE Raw<type, V> load(const void* data, int64_t offset) {
 template <Type type, int V>
 FASTCACHE_DEVICE void store(void* data, int64_t offset, const Raw<type, V>& values) {
   using Values = Raw<type, V>;
-  char* address = static_cast<char*>(data) + offset * size_of(type);
+  char* address = static_cast<char*>(data) + offset * kSizeOf<type>;
   if constexpr (Values::kBytes % 16 == 0) {
     for (int i = 0; i < Values::kBytes / 16; ++i) {
       reinterpret_cast<uint4*>(address)[i] = make_uint4(values.words[4 * i], values.words[4 * i + 1], values.words[4 * i + 2], values.words[4 * i + 3]);
@@ -131,9 +132,9 @@ FASTCACHE_DEVICE uint32_t narrow(float value) {
 
 template <Type type, int V>
 FASTCACHE_DEVICE Raw<type, V> narrowed(const float (&values)[V]) {
-  constexpr int per_word = 4 / size_of(type);
+  constexpr int per_word = 4 / kSizeOf<type>;
   Raw<type, V> out;
-  for (int i = 0; i < V; ++i) out.words[i / per_word] |= narrow<type>(values[i]) << i % per_word * 8 * size_of(type);
+  for (int i = 0; i < V; ++i) out.words[i / per_word] |= narrow<type>(values[i]) << i % per_word * 8 * kSizeOf<type>;
   return out;
 }
 

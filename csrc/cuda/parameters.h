@@ -1,0 +1,22 @@
+// From the operators' arguments to the parameters of a launch; no CUDA here.
+#pragma once
+
+#include <vector>
+
+#include "../arguments.h"
+#include "fastcache/cuda/parameters.h"
+
+namespace fastcache::cuda {
+
+// All but the outputs, the workspace and the error flag.
+Common common_of(const Arguments& arguments);
+
+TokenRows token_rows(const Tensor& tensor);
+
+// Columns that can be read at once in all tensors of the call: 8, 4 or 1, at most 16 bytes of x.
+int width_of(const Arguments& arguments);
+
+// Whether the call needs whole rows: row_kernel, not sum_kernel.
+bool needs_rows(const Arguments& arguments);
+
+}  // namespace fastcache::cuda
