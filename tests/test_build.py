@@ -98,6 +98,13 @@ def test_the_library_exports_its_own_functions_only():
     assert exported == {"fastcache_schema_digest", "fastcache_cpu_capability", "fastcache_cpu_capability_error"}
 
 
+@compiled
+def test_the_library_contains_no_path_of_the_machine_that_built_it():
+    content = CPU.path.read_bytes()
+    assert str(ROOT).encode() not in content
+    assert str(Path(torch.__file__).parent).encode() not in content
+
+
 @needs_nm
 @pytest.mark.parametrize("capability", ["avx512", "avx2"])
 def test_kernels_share_no_inline_function_with_other_instruction_sets(capability, tmp_path):
