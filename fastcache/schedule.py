@@ -3,7 +3,7 @@ import enum
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -68,6 +68,67 @@ def forecast(order: int) -> Action:
     return Action(Kind.FORECAST, order=order)
 
 
+class Score(enum.Enum):
+    """What a token's base score is. The first two are taken at a COMPUTE of the block's self-attention."""
+
+    ATTENTION = "attention"  # attention that the token received, mean over heads
+    KV_NORM = "kv-norm"  # sum over heads of 1 - ||v||
+    SIMILARITY = "similarity"  # 1 - cosine of the branch's input and its stored feature, at each refresh
+    NORM = "norm"  # norm of the branch's input, at each refresh
+    RANDOM = "random"  # uniform in 0..1, from a generator of the session's own
+    COMPRESS = "compress"  # half random, half attention over its largest
+    STRAIGHT = "straight"  # one for every token: ages decide
+
+    @property
+    def taken(self) -> bool:
+        """True if the score comes from a computed self-attention."""
+        return self in (Score.ATTENTION, Score.KV_NORM, Score.COMPRESS)
+
+    @property
+    def local(self) -> bool:
+        """True if the score needs the stream as it is before the branch: one selection a block."""
+        return self in (Score.SIMILARITY, Score.NORM)
+
+    @property
+    def normalized(self) -> bool:
+        """True if the base score is divided by its L2 norm over tokens."""
+        return self not in (Score.RANDOM, Score.COMPRESS, Score.STRAIGHT)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the tokens of every REFRESH of a schedule are chosen (spec section 2.3).
+
+    score + age_weight * age, where age counts the refreshes of the branch that left the token out;
+    then, with `cell`, the best token of every cell x cell square of the token grid gains `bonus`
+    times its own score; the best ones are taken. `seed` starts the random scores, which are the
+    same for both halves of a CFG batch.
+    """
+
+    score: Score
+    age_weight: float = 0.0
+    cell: int = 0
+    bonus: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.score, Score):
+            object.__setattr__(self, "score", _score(self.score))
+        if self.cell < 0 or (self.cell == 0) != (self.bonus == 0.0):
+            raise ScheduleError(f"cell, bonus: a bonus needs a cell of 1 or more tokens a side and a cell a bonus, got cell={self.cell}, bonus={self.bonus}")
+
+    def to_dict(self) -> dict:
+        """The settings as plain values, for JSON."""
+        return {**asdict(self), "score": self.score.value}
+
+
+def _score(name: object) -> Score:
+    try:
+        return Score(name)
+    except ValueError:
+        raise ScheduleError(f"score: expected one of {', '.join(score.value for score in Score)}, got {name!r}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
     """One residual branch of a host. FLOPs count 2 per multiply-add, for one sample.
@@ -120,7 +181,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The actions of one step, one per branch of the layout; `skip` replaces the whole trunk."""
+    """The actions of one step, one per branch of the layout; `skip` replaces the whole trunk.
+
+    In a skipped step a COMPUTE still runs its branch on the trunk's input and stores the feature,
+    as the first block of DuCa's reference does when the interval changes in the middle of a step;
+    every other action means nothing there.
+    """
 
     layout: Layout
     actions: tuple[Action, ...]
@@ -150,32 +216,46 @@ class StepPlan:
         The modulation projections of every block count in full, as the originals run them.
         """
         N = self.layout.tokens
-        total = self.layout.fixed_flops
-        if not self.skip:
-            total += self.layout.modulation_flops * self.layout.depth
-            for action, branch in zip(self.actions, self.layout.branches, strict=True):
-                if action.kind is Kind.COMPUTE:
-                    total += branch.flops(N, N)
-                elif action.kind is Kind.REFRESH:
-                    total += branch.flops(min(action.tokens, N), N)
+        blocks = self.run_blocks
+        total = self.layout.fixed_flops + self.layout.modulation_flops * len(blocks)
+        for action, branch in zip(self.actions, self.layout.branches, strict=True):
+            if branch.block not in blocks:
+                continue
+            if action.kind is Kind.COMPUTE:
+                total += branch.flops(N, N)
+            elif action.kind is Kind.REFRESH:
+                total += branch.flops(min(action.tokens, N), N)
         return batch * total
+
+    @cached_property
+    def run_blocks(self) -> frozenset[int]:
+        """Blocks that do anything: all of them, or those that compute in a skipped step."""
+        if not self.skip:
+            return frozenset(branch.block for branch in self.layout.branches)
+        return frozenset(branch.block for action, branch in zip(self.actions, self.layout.branches, strict=True) if action.kind is Kind.COMPUTE)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A plan per step of one generation, in execution order. `policy` is for people to read."""
+    """A plan per step of one generation, in execution order.
+
+    `policy` and `fields` are for people to read; `selection` says how refreshed tokens are chosen.
+    """
 
     layout: Layout
     steps: tuple[StepPlan, ...]
     policy: str = ""
     fields: dict = field(default_factory=dict)
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise ScheduleError("steps: a schedule needs at least one step")
         for index, step in enumerate(self.steps):
-            if step.layout != self.layout:
+            if step.layout is not self.layout and step.layout != self.layout:
                 raise ScheduleError(f"steps[{index}]: was made for another layout")
+        if self.refreshed and self.selection is None:
+            raise ScheduleError("selection: a schedule that refreshes tokens says how they are chosen, got None")
 
     @property
     def num_steps(self) -> int:
@@ -191,6 +271,16 @@ class Schedule:
     def skips(self) -> bool:
         """True if some step skips the trunk."""
         return any(step.skip for step in self.steps)
+
+    @cached_property
+    def refreshed(self) -> frozenset[int]:
+        """Branches (indices in the plan) that some step refreshes."""
+        return frozenset(index for step in self.steps for index, action in enumerate(step.actions) if action.kind is Kind.REFRESH)
+
+    @cached_property
+    def history(self) -> int:
+        """Features that must be kept per branch: one, or as many as the highest order needs."""
+        return 1 + max((action.order or 0 for step in self.steps for action in step.actions), default=0)
 
     def kinds(self) -> dict[str, int]:
         """Number of steps of each kind."""
@@ -213,11 +303,12 @@ class Schedule:
         layout = self.layout
         return json.dumps({
             "format": FORMAT, "policy": self.policy, "fields": self.fields,
+            "selection": None if self.selection is None else self.selection.to_dict(),
             "layout": {
                 "family": layout.family, "tokens": layout.tokens, "width": layout.width, "heads": layout.heads, "fixed_flops": layout.fixed_flops, "modulation_flops": layout.modulation_flops,
                 "branches": [[branch.block, branch.name, branch.flops_per_token, branch.flops_per_pair] for branch in layout.branches],
             },
-            "steps": ["skip" if step.skip else " ".join(action.code for action in step.actions) for step in self.steps],
+            "steps": [_step_text(step) for step in self.steps],
         }, indent=1)
 
     @staticmethod
@@ -233,9 +324,10 @@ class Schedule:
             shape = dict(found["layout"])
             layout = Layout(**{**shape, "branches": tuple(Branch(*entry) for entry in shape["branches"])})
             steps = tuple(_step_from_text(layout, index, line) for index, line in enumerate(found["steps"]))
+            selection = None if found.get("selection") is None else Selection(**found["selection"])
         except (KeyError, TypeError) as error:
             raise ScheduleError(f"schedule: missing or malformed entry: {error}") from None
-        return Schedule(layout, steps, found.get("policy", ""), found.get("fields", {}))
+        return Schedule(layout, steps, found.get("policy", ""), found.get("fields", {}), selection)
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file."""
@@ -268,10 +360,19 @@ def skip_step(layout: Layout) -> StepPlan:
     return StepPlan(layout, (REUSE,) * len(layout.branches), skip=True)
 
 
+def _step_text(step: StepPlan) -> str:
+    actions = " ".join(action.code for action in step.actions)
+    if not step.skip:
+        return actions
+    return f"skip {actions}" if step.run_blocks else "skip"
+
+
 def _step_from_text(layout: Layout, index: int, line: str | Sequence[str]) -> StepPlan:
-    if line == "skip":
+    codes = str(line).split()
+    skip = codes[:1] == ["skip"]
+    if codes == ["skip"]:
         return skip_step(layout)
     try:
-        return StepPlan(layout, tuple(Action.from_code(code) for code in str(line).split()))
+        return StepPlan(layout, tuple(Action.from_code(code) for code in codes[skip:]), skip)
     except ScheduleError as error:
         raise ScheduleError(f"steps[{index}]: {error}") from None

@@ -7,7 +7,7 @@ import fastcache
 from fastcache.errors import ScheduleError
 from fastcache.hosts import recognise
 from fastcache.models import DiT
-from fastcache.schedule import COMPUTE, REUSE, Action, Branch, Kind, Layout, Schedule, StepPlan, forecast, full_step, refresh, skip_step, uniform_step
+from fastcache.schedule import COMPUTE, REUSE, Action, Branch, Kind, Layout, Schedule, Score, Selection, StepPlan, forecast, full_step, refresh, skip_step, uniform_step
 from hosts import small_dit
 
 LAYOUT = Layout("test", tokens=10, width=4, heads=2, branches=(Branch(0, "attn", 100, 3), Branch(0, "mlp", 200), Branch(1, "attn", 100, 3), Branch(1, "mlp", 200)), fixed_flops=7, modulation_flops=11)
@@ -69,10 +69,25 @@ def test_dit_xl_2_costs_what_is_published() -> None:
 
 
 def test_a_schedule_survives_json(tmp_path) -> None:
-    schedule = Schedule(LAYOUT, (full_step(LAYOUT), uniform_step(LAYOUT, REUSE), StepPlan(LAYOUT, (REUSE, refresh(4), forecast(1), COMPUTE)), skip_step(LAYOUT)), "custom", {"interval": 3})
+    schedule = Schedule(LAYOUT, (full_step(LAYOUT), uniform_step(LAYOUT, REUSE), StepPlan(LAYOUT, (REUSE, refresh(4), forecast(1), COMPUTE)), skip_step(LAYOUT), StepPlan(LAYOUT, (COMPUTE, COMPUTE, REUSE, REUSE), skip=True)), "custom", {"interval": 3}, Selection(Score.ATTENTION, 0.25 / 3, 2, 0.6))
     assert Schedule.from_json(schedule.to_json()) == schedule
     schedule.save(tmp_path / "schedule.json")
     assert Schedule.load(tmp_path / "schedule.json") == schedule
+
+
+def test_a_schedule_that_refreshes_says_how_tokens_are_chosen() -> None:
+    with pytest.raises(ScheduleError, match="selection: a schedule that refreshes tokens"):
+        Schedule(LAYOUT, (StepPlan(LAYOUT, (REUSE, refresh(4), REUSE, REUSE)),))
+    with pytest.raises(ScheduleError, match="score: expected one of attention, .*, got 'beauty'"):
+        Selection("beauty")
+    with pytest.raises(ScheduleError, match="cell, bonus"):
+        Selection("attention", bonus=0.6)
+
+
+def test_a_skipped_step_costs_the_blocks_that_compute_in_it() -> None:
+    full, skipped = full_step(LAYOUT), StepPlan(LAYOUT, (COMPUTE, COMPUTE, REUSE, REUSE), skip=True)
+    assert skipped.run_blocks == {0} and skipped.kind == "skip"
+    assert skipped.flops() - skip_step(LAYOUT).flops() == (full.flops() - skip_step(LAYOUT).flops()) // 2
 
 
 @pytest.mark.parametrize(("change", "message"), [
