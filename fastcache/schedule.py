@@ -2,7 +2,7 @@
 import enum
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -337,6 +337,24 @@ class Schedule:
     def load(path: str | Path) -> "Schedule":
         """Read a file that `save` wrote."""
         return Schedule.from_json(Path(path).read_text())
+
+    def to_smoothcache(self) -> dict[str, list[int]]:
+        """SmoothCache's published form (see fastcache.published): {"attn": [1, 0, ...]}, 1 = compute."""
+        from fastcache.published import publish
+
+        return publish(self).to_dict()
+
+    def union(self, other: "Schedule") -> "Schedule":
+        """Compute where either schedule computes (fastcache.editing.union)."""
+        from fastcache.editing import union
+
+        return union(self, other)
+
+    def with_branch(self, name: str, action: Action, *, block: int | None = None, steps: Iterable[int] | None = None) -> "Schedule":
+        """Replace the action of branches `name`, of one block or all, at some steps or all (fastcache.editing.with_branch)."""
+        from fastcache.editing import with_branch
+
+        return with_branch(self, name, action, block=block, steps=steps)
 
     def draw(self, path: str | Path) -> None:
         """Write a picture of what every step (across) and branch (down) does. Needs matplotlib."""

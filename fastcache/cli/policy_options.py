@@ -1,11 +1,12 @@
 """Policies on the command line: `--policy fora --set interval=3`."""
-import dataclasses
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Annotated
 
 from typer import BadParameter, Option
 
+from fastcache.errors import FastCacheError
 from fastcache.policies import POLICIES, Policy
 
 PolicyName = Annotated[str | None, Option("--policy", help=f"One of: {', '.join(POLICIES)}. Without it nothing is cached.")]
@@ -24,7 +25,7 @@ def policy_from(name: str | None, settings: Sequence[str] | None) -> Policy | No
     if name.lower() not in POLICIES:
         raise BadParameter(f"--policy: expected one of {', '.join(POLICIES)}, got {name!r}")
     kind = POLICIES[name.lower()]
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = list(inspect.signature(kind).parameters)
     values = {}
     for setting in settings or ():
         field, equals, text = setting.partition("=")
@@ -33,7 +34,7 @@ def policy_from(name: str | None, settings: Sequence[str] | None) -> Policy | No
         values[field] = _value(text)
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, FastCacheError) as error:
         raise BadParameter(f"--set: {error}") from error
 
 

@@ -1,0 +1,45 @@
+"""SmoothCache: a calibrated schedule per branch name, or per branch (spec section 4)."""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcache.errors import ScheduleError
+from fastcache.policies.base import Policy, positive_steps
+from fastcache.published import PublishedSchedule, plan_from_rows
+from fastcache.schedule import Layout, Schedule
+
+
+@dataclass(frozen=True, init=False)
+class SmoothCache(Policy):
+    """Follows a schedule in the published form: {"attn": [1, 0, ...], "mlp-3": [...]}, 1 = compute.
+
+    Unlike the original, a reused branch costs no norm, modulation or gate work beyond its term.
+    Source: Liu et al., "SmoothCache: A Universal Inference Acceleration Technique for Diffusion
+    Transformers".
+    """
+
+    published: PublishedSchedule
+
+    def __init__(self, schedule: Mapping[str, Any] | str | Path | PublishedSchedule) -> None:
+        """schedule: a mapping, JSON text, or the path of a JSON file. Raises ScheduleError naming the entry that is wrong."""
+        object.__setattr__(self, "published", PublishedSchedule.read(schedule))
+
+    @classmethod
+    def load(cls, path: str | Path, *, scheduler: str | None = None) -> "SmoothCache":
+        """Read a file. One that `calibrate` wrote knows its scheduler: naming yours here checks it.
+
+        Host family, layers, branches and steps of its fingerprint are checked by `schedule`.
+        """
+        policy = cls(Path(path))
+        made = policy.published.fingerprint
+        if scheduler is not None and made is not None and made.scheduler not in (None, scheduler):
+            raise ScheduleError(f"scheduler: {path} was calibrated with {made.scheduler}, got {scheduler!r}; calibrate again with it")
+        return policy
+
+    def schedule(self, num_steps: int, layout: Layout) -> Schedule:
+        rows = self.published.rows(layout, positive_steps(num_steps))
+        return plan_from_rows(layout, rows, "SmoothCache", self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        return {"schedule": self.published.describe()}
