@@ -5,8 +5,9 @@
     cuda    cuda, triton, eager
     other   eager
 
-`FASTCACHE_BACKEND=<name>` or `use_backend("<name>")` forces one, and fails where it cannot run.
-float64 is the reference type and always runs in eager. While torch.compile traces, the registered
+The first that has a kernel of the operator runs it (`IMPLEMENTS`; `fastcache doctor` shows the gaps).
+`FASTCACHE_BACKEND=<name>` or `use_backend("<name>")` forces one for the operators it has, and fails
+where it cannot run; operators it has no kernel of go on to the next in order. float64 is the reference type and always runs in eager. While torch.compile traces, the registered
 operator is called, whose kernel is the first available one of the device. A GPU backend checks
 itself against eager before its first use on a device; if it disagrees, the next one is taken and
 a warning says so. Triton also runs on a CPU where TRITON_INTERPRET=1 is set and it is forced.
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("cpp", "cuda", "triton", "eager")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+STREAM = frozenset({"residual_update", "residual_update_scatter_"})
+IMPLEMENTS = {"cpp": STREAM, "cuda": STREAM, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
 
 
 class BackendError(RuntimeError):
@@ -55,17 +58,17 @@ def status() -> dict[str, BackendStatus]:
     return dict(_STATUS)
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> ModuleType:
+def choose(device: torch.device, dtype: torch.dtype, operator: str = "residual_update") -> ModuleType:
     """The backend module that runs an operator on `device` for x of `dtype`.
 
     Raises BackendError if a forced backend cannot run there.
     """
     name = _forced.get()
     if name is not None:
-        return _checked(name, device, dtype)
+        return _forced_or_next(name, device, dtype, operator)
     if dtype is torch.float64:
         return eager
-    return _CHOICE.get(device.type) or _first_that_agrees(device)
+    return _CHOICE.get((operator, device.type)) or _first_that_agrees(device, operator)
 
 
 def traced(dtype: torch.dtype):
@@ -73,15 +76,11 @@ def traced(dtype: torch.dtype):
     return eager if dtype is torch.float64 else torch.ops.fastcache
 
 
-def chosen_name(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def chosen_name(device: torch.device, dtype: torch.dtype = torch.float32, operator: str = "residual_update") -> str:
     """Name of the backend that `choose` returns, for reports."""
-    if _forced.get() is not None:
-        _checked(_forced.get(), device, dtype)
-        return _forced.get()
-    if dtype is torch.float64:
-        return "eager"
-    chosen = choose(device, dtype)
-    return next(name for name in ORDER.get(device.type, ("eager",)) if _STATUS[name].available and _module(name) is chosen)
+    chosen = choose(device, dtype, operator)
+    names = NAMES if _forced.get() is not None else ORDER.get(device.type, ("eager",))
+    return next(name for name in names if _STATUS[name].available and operator in IMPLEMENTS[name] and _module(name) is chosen)
 
 
 @contextmanager
@@ -104,14 +103,18 @@ def _known(name: str | None, source: str) -> str | None:
     return name
 
 
-def _checked(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _forced_or_next(name: str, device: torch.device, dtype: torch.dtype, operator: str) -> ModuleType:
+    """The forced backend, or the next after it in order if it has no kernel of this operator."""
     if name == "eager":
         return eager
-    if name not in ORDER.get(device.type, ()) and not (name == "triton" and _interpreted()):
-        raise BackendError(f"backend {name!r} was forced, but x is on {device}: it runs {', '.join(ORDER.get(device.type, ('eager',)))}")
+    order = ORDER.get(device.type, ("eager",))
+    if name not in order and not (name == "triton" and _interpreted()):
+        raise BackendError(f"backend {name!r} was forced, but x is on {device}: it runs {', '.join(order)}")
     if dtype is torch.float64:
         raise BackendError(f"backend {name!r} was forced, but x is float64: only eager computes in float64")
-    return _module(name)
+    if operator in IMPLEMENTS[name]:
+        return _module(name)
+    return next(_module(other) for other in order if other != name and _STATUS[other].available and operator in IMPLEMENTS[other])
 
 
 @functools.cache
@@ -122,22 +125,25 @@ def _module(name: str) -> ModuleType:
     return eager if name == "eager" else native
 
 
-def _first_that_agrees(device: torch.device) -> ModuleType:
-    """The first available backend of a device that agrees with eager; checked once per device."""
-    if device in _AGREED:
-        return _AGREED[device]
+def _first_that_agrees(device: torch.device, operator: str) -> ModuleType:
+    """The first available backend of a device that has the operator and agrees with eager."""
     for name in ORDER.get(device.type, ("eager",)):
-        if not _STATUS[name].available:
-            continue
-        if name == "eager" or _capturing():
-            break  # nothing can be checked while a graph is captured, and nothing is remembered
-        error = selfcheck.disagreement(_module(name), device)
-        if not error:
-            break
+        if _STATUS[name].available and operator in IMPLEMENTS[name] and _agrees(name, device):
+            return _module(name)
+    return eager
+
+
+def _agrees(name: str, device: torch.device) -> bool:
+    """Whether a backend agrees with eager; checked once per device, and loudly refused if not."""
+    if name == "eager" or (name, device) in _AGREED:
+        return name == "eager" or _AGREED[name, device]
+    if _capturing():
+        return True  # nothing can be checked while a graph is captured, and nothing is remembered
+    error = selfcheck.disagreement(_module(name), device)
+    if error:
         logger.warning("backend %s disagrees with eager on %s and will not be used: %s", name, device, error)
-    if not _capturing():
-        _AGREED[device] = _module(name)
-    return _module(name)
+    _AGREED[name, device] = not error
+    return not error
 
 
 def _capturing() -> bool:
@@ -170,6 +176,6 @@ def _statuses() -> dict[str, BackendStatus]:
 
 
 _STATUS = _statuses()
-_CHOICE = {"cpu": native if _STATUS["cpp"].available else eager}
-_AGREED: dict[torch.device, ModuleType] = {}
+_CHOICE = {(operator, "cpu"): native if _STATUS["cpp"].available and operator in IMPLEMENTS["cpp"] else eager for operator in library.OPERATORS}
+_AGREED: dict[tuple[str, torch.device], bool] = {}
 _forced: ContextVar[str | None] = ContextVar("fastcache_backend", default=_known(os.environ.get("FASTCACHE_BACKEND") or None, "FASTCACHE_BACKEND"))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fastcache.backends import checks
+from fastcache.backends.eager_tokens import attention_received, relative_error, row_score, select_tokens_, value_norm
 
+__all__ = ["attention_received", "relative_error", "residual_update", "residual_update_scatter_", "row_score", "select_tokens_", "value_norm"]
 FLOAT8_MAX = 448.0  # largest finite float8_e4m3fn
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from fastcache.backends import checks, eager
+from fastcache.backends import eager, fakes
 
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = Path(__file__).with_name("schema.def")
-OPERATORS = ("residual_update", "residual_update_scatter_")
+OPERATORS = ("residual_update", "residual_update_scatter_", "select_tokens_", "row_score", "value_norm", "attention_received", "relative_error")
+TRITON_OPERATORS = ("residual_update", "residual_update_scatter_")  # those with a kernel in kernels/
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ def register() -> dict[str, CompiledLibrary]:
     for name in OPERATORS:
         _LIBRARY[0].impl(name, getattr(eager, name), "CompositeExplicitAutograd")
         _LIBRARY[0].impl(name, _forward_only(name), "Autograd", with_keyset=True)
-        if not libraries["cuda"].loaded and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-            _LIBRARY[0].impl(name, _triton(name), "CUDA")
-    torch.library.register_fake("fastcache::residual_update", _fake_update)
-    torch.library.register_fake("fastcache::residual_update_scatter_", _fake_scatter)
+        torch.library.register_fake(f"fastcache::{name}", getattr(fakes, name))
+    if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+        for name in TRITON_OPERATORS:
+            if not _has_kernel("CUDA", name):
+                _LIBRARY[0].impl(name, _triton(name), "CUDA")
     return libraries
 
 
@@ -151,8 +153,8 @@ def _load_cuda(cpu: CompiledLibrary) -> CompiledLibrary:
 _LIBRARY: list[torch.library.Library] = []  # kept alive: dropping it would unregister the kernels
 
 
-def _has_kernel(key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcache::{OPERATORS[0]}", key)
+def _has_kernel(key: str, operator: str = OPERATORS[0]) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcache::{operator}", key)
 
 
 def refuse_grad(tensors) -> None:
@@ -184,21 +186,3 @@ def _triton(name: str):
         return getattr(importlib.import_module("fastcache.backends.triton"), name)(*args, **kwargs)
 
     return launch
-
-
-def _fake_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True):
-    checks.residual_update(x, features, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
-    return _fake_outputs(x, norm, row_slots, row_count, reference, need_x)
-
-
-def _fake_scatter(x, slot, fresh, fresh_slots, features, position=-1, slot_scale=None, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True):
-    checks.residual_update_scatter(x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
-    return _fake_outputs(x, norm, row_slots, row_count, reference, need_x)
-
-
-def _fake_outputs(x, norm, row_slots, row_count, reference, need_x):
-    B, N, D = x.shape
-    updated = x.new_empty((B, N, D) if need_x else 0)
-    h = x.new_empty((B, N if row_slots is None else row_count, D) if norm else 0)
-    errors = x.new_empty(0 if reference is None else (B, 3), dtype=torch.float32)
-    return updated, h, errors

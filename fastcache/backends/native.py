@@ -26,6 +26,32 @@ def residual_update_scatter_(*args, **kwargs) -> tuple[torch.Tensor, torch.Tenso
     return outputs
 
 
+def select_tokens_(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.ops.fastcache.select_tokens_`, arguments in schema order."""
+    with _below_autograd():
+        outputs = torch.ops.fastcache.select_tokens_.default(*args)
+    count_write(args[1])
+    return outputs
+
+
+def row_score(*args) -> torch.Tensor:
+    """`torch.ops.fastcache.row_score`, arguments in schema order."""
+    with _below_autograd():
+        return torch.ops.fastcache.row_score.default(*args)
+
+
+def value_norm(*args) -> torch.Tensor:
+    """`torch.ops.fastcache.value_norm`, arguments in schema order."""
+    with _below_autograd():
+        return torch.ops.fastcache.value_norm.default(*args)
+
+
+def relative_error(*args) -> torch.Tensor:
+    """`torch.ops.fastcache.relative_error`, arguments in schema order."""
+    with _below_autograd():
+        return torch.ops.fastcache.relative_error.default(*args)
+
+
 def count_write(slot: torch.Tensor) -> None:
     """Raise the version counter of a tensor that a kernel has written, where PyTorch keeps one."""
     if not slot.is_inference():
