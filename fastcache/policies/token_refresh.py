@@ -118,7 +118,7 @@ class TokenRefresh(Policy):
                 "For steps as with 'global' and ages ignored set soft_fresh_weight=0; for what their code does with 'local' set reproduce_reference=True"
             )
         if self.force_fresh not in ("global", "local"):
-            raise ValueError(f"force_fresh: expected 'global' (or 'local' with reproduce_reference=True), got {self.force_fresh!r}; to refresh no tokens in full after the first step choose a fresh_threshold above the number of steps and fresh_ratio=0")
+            raise ValueError(f"force_fresh: expected 'global' (or 'local' with reproduce_reference=True), got {self.force_fresh!r}")
 
 
 def _is_number(value: object) -> bool:
