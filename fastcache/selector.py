@@ -60,8 +60,9 @@ class TokenSelector:
             score = self._base(first, last, drawn, (last - first, B, N), x.device)
             slots = self._select(score.flatten(0, 1), self._ages[first:last].view(-1, N), [count for count in counts for _ in range(B)]).view(last - first, B, N)
             for row in range(first, last):
-                branch = rows[row]
-                self._chosen[branch] = SlotMap(slots[row - first], max(capacities[branch], counts[row - first]))
+                branch, count = rows[row], counts[row - first]
+                if count:
+                    self._chosen[branch] = SlotMap(slots[row - first], max(capacities[branch], count))
 
     def choose_here(self, branch: int, tokens: int, capacity: int, x: Tensor, feature: Tensor) -> SlotMap:
         """Choose by what the stream x is now, before the branch: scores `norm` and `similarity`."""
