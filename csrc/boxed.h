@@ -10,7 +10,7 @@ namespace fastcache {
 // Owns every handle of the call from the first line on, so that an error frees them all.
 class Boxed {
  public:
-  // One letter per argument: t Tensor, w Tensor(a!), o Tensor?, l Tensor[], i int, f float, b bool.
+  // One letter per argument: t Tensor, w Tensor(a!), o Tensor?, l Tensor[], i int, f float or float?, b bool.
   Boxed(const StableIValue* stack, uint64_t inputs, uint64_t outputs, const char* signature, uint64_t expected_outputs);
   ~Boxed();
   Boxed(const Boxed&) = delete;

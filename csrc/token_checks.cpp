@@ -83,6 +83,23 @@ ValueNormArguments::ValueNormArguments(const StableIValue* stack, uint64_t input
 
 void ValueNormArguments::check() const { check_rows("v", -1, v, 4, "[B, H, N, d]"); }
 
+AttentionArguments::AttentionArguments(const StableIValue* stack, uint64_t inputs, uint64_t outputs)
+    : boxed(stack, inputs, outputs, "ttof", 1), q(boxed.tensor(0)), k(boxed.tensor(1)), lse(boxed.tensor(2)), scale(torch::stable::detail::to<std::optional<double>>(stack[3])) {}
+
+void AttentionArguments::check() const {
+  check_rows("q", -1, q, 4, "[B, H, N, d]");
+  check_rows("k", -1, k, 4, "[B, H, M, d]");
+  if (k.sizes[0] != q.sizes[0] || k.sizes[1] != q.sizes[1] || k.sizes[3] != q.sizes[3]) {
+    fail("k: expected [" + number(q.sizes[0]) + ", " + number(q.sizes[1]) + ", M, " + number(q.sizes[3]) + "], got " + text(k));
+  }
+  if (k.dtype != q.dtype) fail(std::string("k: expected ") + text(q.type) + " as q, got " + text(k.type));
+  check_device("k", -1, k, q);
+  if (!lse) return;
+  check_shape("lse", -1, lse, q.sizes, 3);
+  check_dtype("lse", -1, lse, Type::kFloat32);
+  check_device("lse", -1, lse, q);
+}
+
 ErrorArguments::ErrorArguments(const StableIValue* stack, uint64_t inputs, uint64_t outputs)
     : boxed(stack, inputs, outputs, "ll", 1), newest(boxed.list(0)), earlier(boxed.list(1)), layers(boxed.length(0)), earlier_count(boxed.length(1)) {}
 

@@ -2,6 +2,8 @@
 // fastcache/backends/token_checks.py. Shared by the CPU and the CUDA launchers.
 #pragma once
 
+#include <optional>
+
 #include "boxed.h"
 #include "checks.h"
 
@@ -43,6 +45,15 @@ struct ErrorArguments {
   Boxed boxed;
   const Tensor *newest, *earlier;
   int64_t layers, earlier_count;
+};
+
+struct AttentionArguments {
+  AttentionArguments(const StableIValue* stack, uint64_t inputs, uint64_t outputs);
+  void check() const;
+
+  Boxed boxed;
+  const Tensor &q, &k, &lse;
+  std::optional<double> scale;
 };
 
 }  // namespace fastcache

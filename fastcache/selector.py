@@ -72,9 +72,10 @@ class TokenSelector:
         self._chosen[branch] = SlotMap(slots, max(capacity, tokens))
         return self._chosen[branch]
 
-    def skip_here(self, branch: int) -> None:
-        """A refresh of no tokens: everyone is one step older."""
-        self._ages[self._rows[branch]].add_(1)
+    def pass_over(self, branches: Sequence[int]) -> None:
+        """Refreshes of no tokens: everyone is one step older."""
+        for first, last in runs(sorted(self._rows[branch] for branch in branches)):
+            self._ages[first:last].add_(1)
 
     def chosen(self, branch: int) -> SlotMap | None:
         """This step's choice for a branch, None where it chose nothing."""

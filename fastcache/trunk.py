@@ -180,9 +180,7 @@ class Trunk:
         """Recompute the chosen tokens into the stored feature, and queue it."""
         index, branch = self._indices[number][position], self._programs[number][position]
         feature = self._store.feature(index)
-        if self._score.local and action.tokens == 0:
-            self._selector.skip_here(index)
-        elif self._score.local:
+        if self._score.local and action.tokens > 0:
             self._selector.choose_here(index, action.tokens, self._capacity(action), stream.value(), feature)
         choice = self._selector.chosen(index)
         if choice is None:
@@ -242,7 +240,11 @@ class Trunk:
         if computed:
             self._selector.restart(computed, x)
         wanted = {index: action for index, action in actions.items() if action.kind is Kind.REFRESH}
-        if wanted and not self._plan.skip and not self._score.local:
+        if not wanted or self._plan.skip:
+            return
+        if self._score.local:
+            self._selector.pass_over([index for index, action in wanted.items() if action.tokens == 0])
+        else:
             self._selector.choose_all({index: action.tokens for index, action in wanted.items()}, {index: self._capacity(action) for index, action in wanted.items()}, x)
 
     def _vectors(self, number: int, condition: Tensor) -> Vectors:

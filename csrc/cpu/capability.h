@@ -17,6 +17,8 @@ struct Kernels {
   void (*row_score)(const ScorePlan& plan, int64_t begin, int64_t end);
   // Work units [begin, end) of the plan.
   void (*relative_error)(const ErrorPlan& plan, int64_t begin, int64_t end);
+  // Heads [begin, end) of all samples; scratch holds attention_scratch_floats(plan) floats.
+  void (*attention_received)(const AttentionPlan& plan, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const Kernels kernels_avx512, kernels_avx2, kernels_default;
@@ -27,5 +29,8 @@ const Kernels& kernels();
 
 // Sums and rounded rows of a group, and the factor and offset of the modulation.
 FASTCACHE_INLINE int64_t scratch_floats(const Plan& plan) { return (2 * kGroup + 2) * pitch_of(plan.D); }
+
+// Transposed keys, a tile's queries, one row, column sums, and a log-sum-exp with its sum per query.
+FASTCACHE_INLINE int64_t attention_scratch_floats(const AttentionPlan& plan) { return plan.d * (kAttentionKeys + 5) + kAttentionKeys + 2 * plan.N; }
 
 }  // namespace fastcache

@@ -1,4 +1,5 @@
 // Kernels for the compiler's baseline for this processor family (the flags are in CMakeLists.txt).
+#include "attention_received_heads.h"
 #include "capability.h"
 #include "relative_error_rows.h"
 #include "residual_update_rows.h"
@@ -7,6 +8,6 @@
 
 namespace fastcache {
 
-const Kernels kernels_default = {"default", residual_update_rows, select_rows, row_scores, error_blocks};
+const Kernels kernels_default = {"default", residual_update_rows, select_rows, row_scores, error_blocks, received_heads};
 
 }  // namespace fastcache

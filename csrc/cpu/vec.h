@@ -69,6 +69,15 @@ inline void store_pair(T* p, Vec& a, Vec& b) {
   store(p + kLanes, b);
 }
 
+// A row's end: as many values as are left, at most a vector.
+template <class T>
+inline Vec load_some(const T* p, int64_t left) { return left >= kLanes ? load(p) : load_part(p, int(left)); }
+template <class T>
+inline void store_some(T* p, Vec a, int64_t left) {
+  if (left >= kLanes) store(p, a);
+  else store_part(p, a, int(left));
+}
+
 inline Vec load(const NoGate*) { return broadcast(1.0f); }
 inline Vec load_part(const NoGate*, int) { return broadcast(1.0f); }
 inline void load_pair(const NoGate*, Vec& a, Vec& b) { a = b = broadcast(1.0f); }

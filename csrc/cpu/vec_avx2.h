@@ -17,6 +17,12 @@ inline Vec quiet(Vec a) { return a; }
 inline Vec magnitude(Vec a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
 // Maximum of non-negative values in which a NaN wins.
 inline Vec max_magnitude(Vec a, Vec b) { return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))); }
+inline Vec larger_or_nan(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // b if one is NaN
+inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// whole in -126 .. 127
+inline Vec times_power_of_two(Vec a, Vec whole) {
+  return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23)));
+}
 inline Vec keep_first(Vec a, int count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)));

@@ -23,6 +23,9 @@ inline Vec quiet(Vec a) {
 inline Vec magnitude(Vec a) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff))); }
 // Maximum of non-negative values in which a NaN wins.
 inline Vec max_magnitude(Vec a, Vec b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+inline Vec larger_or_nan(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b if one is NaN
+inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, 0); }
+inline Vec times_power_of_two(Vec a, Vec whole) { return _mm512_scalef_ps(a, whole); }
 inline Vec keep_first(Vec a, int count) { return _mm512_maskz_mov_ps(first(count), a); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
 inline float largest_magnitude(Vec a) { return bits_to_float(uint32_t(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))); }

@@ -40,6 +40,16 @@ inline Vec max_magnitude(Vec a, Vec b) {
   const Mask greater = Mask(a) > Mask(b);
   return Vec((Mask(a) & greater) | (Mask(b) & ~greater));
 }
+inline Vec larger_or_nan(Vec a, Vec b) {  // b if one is NaN
+  const Mask larger = a > b;
+  return Vec((Mask(a) & larger) | (Mask(b) & ~larger));
+}
+inline Vec nearest(Vec a) {  // of magnitudes below 2^22
+  const Vec shift = broadcast(12582912.0f);
+  return (a + shift) - shift;
+}
+// whole in -126 .. 127
+inline Vec times_power_of_two(Vec a, Vec whole) { return a * Vec((__builtin_convertvector(whole, Mask) + 127) << 23); }
 inline Vec keep_first(Vec a, int count) { return Vec(Mask(a) & (Mask{0, 1, 2, 3} < count)); }
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline float largest_magnitude(Vec a) {

@@ -33,7 +33,8 @@ NAMES = ("cpp", "cuda", "triton", "eager")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 STREAM = frozenset({"residual_update", "residual_update_scatter_"})
 TOKENS = frozenset({"select_tokens_", "row_score", "value_norm", "relative_error"})
-IMPLEMENTS = {"cpp": STREAM | TOKENS, "cuda": STREAM, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
+ATTENTION = frozenset({"attention_received"})
+IMPLEMENTS = {"cpp": STREAM | TOKENS | ATTENTION, "cuda": STREAM, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
 
 
 class BackendError(RuntimeError):

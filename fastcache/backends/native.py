@@ -46,6 +46,12 @@ def value_norm(*args) -> torch.Tensor:
         return torch.ops.fastcache.value_norm.default(*args)
 
 
+def attention_received(*args) -> torch.Tensor:
+    """`torch.ops.fastcache.attention_received`, arguments in schema order."""
+    with _below_autograd():
+        return torch.ops.fastcache.attention_received.default(*args)
+
+
 def relative_error(*args) -> torch.Tensor:
     """`torch.ops.fastcache.relative_error`, arguments in schema order."""
     with _below_autograd():

@@ -41,6 +41,18 @@ struct ErrorPlan {
   double* sums = nullptr;        // [layers, blocks_per_layer, 1 + lookaheads]: sum|newest|, then sum|earlier - newest|
 };
 
+// attention_received: strides of q, k in bytes, of lse in elements.
+struct AttentionPlan {
+  int64_t B = 0, H = 0, N = 0, M = 0, d = 0;
+  Rows q, k;  // of head 0
+  int64_t q_head = 0, k_head = 0;
+  const float* lse = nullptr;
+  int64_t lse_batch = 0, lse_head = 0, lse_row = 0;
+  float factor = 1.0f;        // scale * log2(e)
+  double* partial = nullptr;  // [B, H, M]
+};
+
+constexpr int64_t kAttentionKeys = 256;  // of a block
 constexpr int64_t kErrorRows = 16;
 constexpr int64_t kScoreTile = 64;
 
