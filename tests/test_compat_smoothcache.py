@@ -1,0 +1,442 @@
+"""SmoothCache's helpers by their own names: recorded outputs of the originals, and the originals' faults of lifecycle (spec section 4.3)."""
+import json
+import logging
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+from diffusers import DiTTransformer2DModel, StableAudioDiTModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.stable_audio_transformer import StableAudioDiTBlock
+
+from fastcache import HostError, ScheduleError, SessionError, SmoothCache
+from fastcache.compat.smoothcache import CalibrationHelper, DiffuserCacheHelper, DiffuserCalibrationHelper, DiTCacheHelper, SmoothCacheHelper
+from fastcache.published import FINGERPRINT
+from golden.weights import fill_model
+from golden_data import CFG_SCALE, FOLDER, TOLERANCE, golden_model, load_case, relative_error
+from hosts import ForeignBlock, assert_close, reference, run as run_dit, small_dit
+
+STEPS = 6
+SCHEDULE = [1, 0, 1, 0, 0, 1]
+
+
+class Block(nn.Module):
+    """attn with a following write-free residual; mlp after it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.attn, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x).tanh()
+        return x + self.mlp(x).tanh()
+
+
+class Model(nn.Module):
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            if self.fail:
+                raise RuntimeError("out of memory")
+        return x
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().requires_grad_(False)
+
+
+def helper(host: Model, schedule: dict | None = None, **options) -> SmoothCacheHelper:
+    return SmoothCacheHelper(host, Block, ["attn", "mlp"], schedule or {"attn": SCHEDULE}, **options)
+
+
+def x_of(step: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 8, generator=torch.Generator().manual_seed(step))
+
+
+def generation(host: Model, batch: int = 2, steps: int = STEPS) -> list[Tensor]:
+    return [host(x_of(step, batch)) for step in range(steps)]
+
+
+def expected(host: Model, flags: dict[str, list[int]], batch: int = 2) -> list[Tensor]:
+    """The definition: a component's output is the stored one where its list (by name-block, or name) says 0."""
+    stored, outputs = {}, []
+    for step in range(STEPS):
+        x = x_of(step, batch)
+        for index, block in enumerate(host.blocks):
+            for name, body in (("attn", block.attn), ("mlp", block.mlp)):
+                row = flags.get(f"{name}-{index}", flags.get(name))
+                if row is None or row[step] or (name, index) not in stored:
+                    stored[name, index] = body(x)
+                x = x + stored[name, index].tanh()
+        outputs.append(x)
+    return outputs
+
+
+# -- the originals' outputs -------------------------------------------------------------------------
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict]:
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])
+
+
+@torch.no_grad()
+def test_diffusers_dit_equals_the_original_at_every_step_and_in_a_second_generation() -> None:
+    tensors, config = golden("smooth_dit")
+    host = fill_model(DiTTransformer2DModel(**config["arch"])).eval()
+    with DiffuserCacheHelper(host, config["schedule"]):
+        for _ in range(2):
+            found = [host(x, timestep=t, class_labels=tensors["class_labels"], return_dict=False)[0] for x, t in zip(tensors["x_in"], tensors["t"])]
+            errors = [relative_error(a[:, :4], b) for a, b in zip(found, tensors["model_out"], strict=True)]
+            assert max(errors) < TOLERANCE, errors
+    plain = host(tensors["x_in"][1], timestep=tensors["t"][1], class_labels=tensors["class_labels"], return_dict=False)[0]
+    assert relative_error(plain[:, :4], tensors["model_out"][1]) > 10 * TOLERANCE  # step 1 reuses: the check can fail
+
+
+@torch.no_grad()
+def test_stable_audio_equals_the_original_at_every_step() -> None:
+    tensors, config = golden("smooth_audio")
+    host = fill_model(StableAudioDiTModel(**config["arch"])).eval()
+    rotary = (tensors["rotary_cos"], tensors["rotary_sin"])
+    inputs = {"encoder_hidden_states": tensors["encoder_hidden_states"], "global_hidden_states": tensors["global_hidden_states"], "rotary_embedding": rotary, "return_dict": False}
+    with SmoothCacheHelper(host, StableAudioDiTBlock, config["components"], config["schedule"]):
+        found = [host(x, t, **inputs)[0] for x, t in zip(tensors["x_in"], tensors["t"])]
+    errors = [relative_error(a, b) for a, b in zip(found, tensors["model_out"], strict=True)]
+    assert max(errors) < TOLERANCE, errors
+    assert max(relative_error(a, b) for a, b in zip(tensors["model_out_uncached"], tensors["model_out"])) > 10 * TOLERANCE
+    assert relative_error(host(tensors["x_in"][5], tensors["t"][5], **inputs)[0], tensors["model_out_uncached"][5]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_dit_runs_on_the_engine_and_equals_the_original() -> None:
+    host, case = golden_model(), load_case("dit_smoothcache_018")
+    cache = DiTCacheHelper(host, case.config["schedule"])
+    cache.enable()
+    errors = [relative_error(host.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out) for call in case.calls()]
+    assert {kind: row.count for kind, row in cache.session.summary().steps.items()} == {"full": 24, "reuse": 26}
+    cache.disable()
+    assert max(errors) < TOLERANCE, errors
+    assert "forward" not in vars(host) and not any("forward" in vars(block) for block in host.blocks)
+
+
+@torch.no_grad()
+def test_a_dit_that_the_engine_does_not_know_has_its_components_wrapped() -> None:
+    class DiTBlock(ForeignBlock):
+        pass
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(DiTBlock(8) for _ in range(2))
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x, c)
+            return x
+
+    host, calls = Odd(), []
+    host.layers[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    with DiTCacheHelper(host, {"attn": SCHEDULE, "mlp": SCHEDULE}) as cache:
+        for step in range(STEPS):
+            host(x_of(step), torch.zeros(2, 8))
+        assert cache.session is None
+    assert len(calls) == STEPS  # hooks still see every call
+    with pytest.raises(HostError):
+        DiTCacheHelper(model(), {"attn": SCHEDULE})
+
+
+# -- caching -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    {"attn": SCHEDULE}, {"attn": SCHEDULE, "mlp": [1, 1, 0, 0, 0, 1]}, {"attn": SCHEDULE, "attn-1": [1, 1, 0, 1, 0, 1]}, {"mlp-0": SCHEDULE}, {"attn": [0, 0, 1, 0, 1, 0]},
+], ids=["one", "two", "indexed-wins", "indexed-only", "zero-first"])
+@torch.no_grad()
+def test_outputs_follow_the_schedule(flags: dict) -> None:
+    host = model()
+    with helper(host, flags):
+        found = generation(host)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, flags)))
+
+
+@torch.no_grad()
+def test_skipped_components_do_not_run() -> None:
+    host, ran = model(), []
+    body = host.blocks[0].attn
+    body.forward = lambda x: ran.append(1) or nn.functional.linear(x, body.weight, body.bias)  # its own forward, counted
+    with helper(host):
+        generation(host)
+    assert len(ran) == sum(SCHEDULE)
+
+
+@torch.no_grad()
+def test_attributes_and_methods_are_the_originals(tmp_path) -> None:
+    host = model()
+    (tmp_path / "s.json").write_text(json.dumps({"attn": SCHEDULE}))
+    cache = helper(host, json.loads((tmp_path / "s.json").read_text()))
+    assert cache.schedule == {"attn": SCHEDULE} and cache.components_to_wrap == ["attn", "mlp"]
+    assert set(cache.current_steps) == {"blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"} and cache.cache == {}
+    cache.enable()
+    assert not cache.is_skip_step("blocks.0.attn")
+    host(x_of(0))
+    assert cache.current_steps["blocks.0.attn"] == 1 and cache.is_skip_step("blocks.0.attn") and not cache.is_skip_step("blocks.0.mlp")
+    assert cache.cache["blocks.0.attn"].shape == (2, 3, 8)
+    assert set(cache.original_forwards) == set(cache.current_steps) and cache.start_steps == {}
+    cache.reset_state()
+    assert cache.current_steps["blocks.0.attn"] == 0 and cache.cache == {}
+    cache.unwrap_components()
+    cache.wrap_components()
+    cache.disable()
+    assert cache.original_forwards == {}
+
+
+@torch.no_grad()
+def test_two_calls_a_step_have_stored_outputs_of_their_own() -> None:
+    host = model()
+    with helper(host, calls_per_step=2):
+        found = [(host(x_of(step)), host(x_of(step) + 1)) for step in range(STEPS)]
+    first = expected(host, {"attn": SCHEDULE})
+    assert all(torch.equal(a, b) for (a, _), b in zip(found, first))
+    assert not torch.equal(found[1][1], found[1][0])
+
+
+# -- the originals' faults ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_second_generation_starts_over_by_itself() -> None:
+    host = model()
+    with helper(host) as cache:
+        first, second = generation(host), generation(host)
+        assert cache.cache == {} and set(cache.current_steps.values()) == {0}
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@torch.no_grad()
+def test_an_aborted_run_starts_over() -> None:
+    host = model()
+    with helper(host) as cache:
+        host(x_of(0))
+        host(x_of(1))
+        host.fail = True
+        with pytest.raises(RuntimeError, match="out of memory"):
+            host(x_of(2))
+        host.fail = False
+        assert set(cache.current_steps.values()) == {0} and cache.cache == {}
+        found = generation(host)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, {"attn": SCHEDULE})))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@torch.no_grad()
+def test_another_batch_in_the_middle_of_a_generation_starts_over_and_never_broadcasts(batch: int, caplog) -> None:
+    host = model()
+    with helper(host), caplog.at_level(logging.WARNING):
+        host(x_of(0))
+        found = generation(host, batch)
+    assert "changed" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, {"attn": SCHEDULE}, batch)))
+
+
+@torch.no_grad()
+def test_enabling_twice_and_disabling_restores_the_originals() -> None:
+    host = model()
+    before = {name: vars(module).get("forward") for name, module in host.named_modules()}
+    cache = helper(host)
+    cache.enable()
+    cache.enable()
+    cache.disable()
+    cache.disable()
+    assert {name: vars(module).get("forward") for name, module in host.named_modules()} == before
+    assert all(torch.equal(a, b) for a, b in zip(generation(host), expected(host, {})))
+
+
+def test_two_helpers_on_one_model_are_refused_and_the_first_stays() -> None:
+    host = model()
+    with helper(host):
+        with pytest.raises(SessionError, match="cached already"):
+            helper(host).enable()
+    assert all("forward" not in vars(module) for module in host.modules())
+
+
+@pytest.mark.parametrize(("schedule", "message"), [
+    ({"attn1": SCHEDULE}, "'attn1' matches no branch of Model, which has attn, mlp"), ({"attn-7": SCHEDULE}, "attn-7"), ({}, "at least one key"), ({"attn": [1, 2]}, "expected 0"),
+    ({"attn": [1, 0], "mlp": [1]}, "one length"),
+])
+def test_a_schedule_that_would_do_nothing_is_an_error(schedule: dict, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        SmoothCacheHelper(model(), Block, ["attn", "mlp"], schedule)
+
+
+def test_the_published_dit_schedules_are_refused_by_the_diffusers_helper() -> None:
+    """The original takes them in silence and caches nothing."""
+    with pytest.raises(ScheduleError, match="'attn', 'mlp' matches no branch of DiTTransformer2DModel, which has attn1"):
+        DiffuserCacheHelper(tiny_diffusers_dit(), {"attn": SCHEDULE, "mlp": SCHEDULE})
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((BasicTransformerBlock, ["attn1"]), "Model has no BasicTransformerBlock"), ((Block, ["attention"]), "expected names of attn, mlp, got attention"), ((Block, []), "got none"),
+])
+def test_blocks_and_components_that_are_not_there_are_an_error(arguments: tuple, message: str) -> None:
+    with pytest.raises(HostError, match=message):
+        SmoothCacheHelper(model(), *arguments, {"attn": SCHEDULE})
+
+
+@torch.no_grad()
+def test_nothing_is_printed(capsys) -> None:
+    host = model()
+    with helper(host):
+        generation(host)
+    assert capsys.readouterr() == ("", "")
+
+
+@torch.no_grad()
+def test_a_stored_output_that_someone_wrote_is_noticed() -> None:
+    host = model()
+    with helper(host) as cache:
+        host(x_of(0))
+        cache.cache["blocks.1.attn"].add_(1)
+        with pytest.raises(SessionError, match="blocks.1.attn: its stored output was modified in place"):
+            host(x_of(1))
+
+
+@torch.no_grad()
+def test_a_generation_of_another_length_is_logged(caplog) -> None:
+    host = model()
+    with caplog.at_level(logging.WARNING), helper(host):
+        generation(host, steps=STEPS - 2)
+    assert f"after {STEPS - 2} of the schedule's {STEPS} steps" in caplog.text
+
+
+@torch.no_grad()
+def test_the_engine_helper_starts_over_and_restores(caplog) -> None:
+    host, schedule = small_dit(), [1, 0, 0, 1, 0, 1, 0, 1]
+    cache = DiTCacheHelper(host, {"attn": schedule, "mlp": schedule})
+    uncached = run_dit(host)
+    cache.enable()
+    run_dit(host, 3)
+    cache.enable()  # starts over
+    found, again = run_dit(host), run_dit(host)
+    with caplog.at_level(logging.WARNING):
+        run_dit(host, 2)
+        cache.disable()
+    assert_close(found, reference(host, [k for k, flag in enumerate(schedule) if flag]))
+    assert_close(again, found, 1e-12)
+    assert "after 2 of 8 steps" in caplog.text
+    assert_close(run_dit(host), uncached, 1e-12)
+    with pytest.raises(ScheduleError, match="matches no branch"):
+        DiTCacheHelper(host, {"attn1": schedule})
+
+
+# -- calibration ---------------------------------------------------------------------------------------------
+
+
+def tiny_diffusers_dit() -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=4, num_embeds_ada_norm=10).eval().requires_grad_(False)
+
+
+def rows_by_definition(outputs: list[list[list[Tensor]]], K: int) -> list[list[float]]:
+    """outputs[run][block][step]."""
+    def error(a: Tensor, b: Tensor) -> float:
+        return float((a - b).abs().sum() / b.abs().sum())
+
+    T = len(outputs[0][0])
+    return [[sum(error(block[i], block[i + j + 1]) for run in outputs for block in run) / (len(outputs) * len(outputs[0])) for i in range(T - 1 - j)] for j in range(K)]
+
+
+def measured(host: Model, shifts: list[float]) -> list[list[list[Tensor]]]:
+    """attn outputs [run][block][step] of uncached runs whose inputs are shifted."""
+    found = []
+    for shift in shifts:
+        run = [[] for _ in host.blocks]
+        hooks = [block.attn.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out.clone())) for block, kept in zip(host.blocks, run)]
+        for step in range(STEPS):
+            host(x_of(step) + shift)
+        for hook in hooks:
+            hook.remove()
+        found.append(run)
+    return found
+
+
+@pytest.mark.parametrize("shifts", [[0.0], [0.0, 0.5, 1.0]], ids=["one-run", "three-runs"])
+@torch.no_grad()
+def test_calibration_averages_the_published_errors_over_blocks_and_runs(tmp_path, shifts: list[float]) -> None:
+    host = model()
+    calibration = CalibrationHelper(host, Block, ["attn"], 3, 0.6, STEPS, tmp_path / "s.json")
+    calibration.enable()
+    calibration.enable()
+    for shift in shifts:
+        for step in range(STEPS):
+            host(x_of(step) + shift)
+    calibration.disable()
+    rows = rows_by_definition(measured(host, shifts), 3)
+    assert [len(row) for row in calibration.errors["attn"]] == [5, 4, 3]
+    assert all(a == pytest.approx(b, rel=1e-5) for found, row in zip(calibration.errors["attn"], rows) for a, b in zip(found, row))
+    assert all("forward" not in vars(module) for module in host.modules())
+    assert json.loads((tmp_path / "s.json").read_text()) == calibration.schedule
+
+
+@torch.no_grad()
+def test_what_calibration_wrote_is_read_by_helper_policy_and_the_originals_lookup(tmp_path) -> None:
+    host = tiny_diffusers_dit()
+    calibration = DiffuserCalibrationHelper(host, calibration_lookahead=2, calibration_threshold=10.0, schedule_length=STEPS, log_file=tmp_path / "s.json")
+    calibration.enable()
+    for step in range(STEPS):
+        call_tiny(host, step)
+    calibration.disable()
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["attn1"] == [1, 0, 0, 1, 0, 1] and set(written) == {"attn1", FINGERPRINT}
+    assert written[FINGERPRINT]["family"] == "DiTTransformer2DModel" and written[FINGERPRINT]["layers"] == 2
+    with DiffuserCacheHelper(host, written):
+        for step in range(STEPS):
+            call_tiny(host, step)
+    assert SmoothCache(tmp_path / "s.json").published.num_steps == STEPS
+
+
+def call_tiny(host: DiTTransformer2DModel, step: int) -> Tensor:
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+    return host(x, timestep=torch.tensor([900 - step] * 2), class_labels=torch.tensor([1, 2]), return_dict=False)[0]
+
+
+@torch.no_grad()
+def test_a_failed_calibration_run_is_left_out(tmp_path) -> None:
+    host = model()
+    calibration = CalibrationHelper(host, Block, ["attn", "mlp"], 2, 0.5, STEPS, tmp_path / "s.json")
+    calibration.enable()
+    host(x_of(9))
+    host.fail = True
+    with pytest.raises(RuntimeError):
+        host(x_of(8))
+    host.fail = False
+    generation(host)
+    calibration.disable()
+    rows = rows_by_definition(measured(host, [0.0]), 2)
+    assert calibration.errors["attn"][1] == pytest.approx(rows[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, STEPS - 1, STEPS + 2])
+@torch.no_grad()
+def test_a_calibration_of_another_length_is_an_error_and_writes_nothing(tmp_path, steps: int) -> None:
+    host = model()
+    calibration = CalibrationHelper(host, Block, ["attn"], 2, 0.5, STEPS, tmp_path / "s.json")
+    calibration.enable()
+    generation(host, steps=steps)
+    with pytest.raises(SessionError, match="schedule_length: expected runs of 6"):
+        calibration.disable()
+    assert not (tmp_path / "s.json").exists() and all("forward" not in vars(module) for module in host.modules())
+
+
+@pytest.mark.parametrize(("field", "value"), [("calibration_lookahead", 0), ("schedule_length", 0), ("calibration_threshold", -1.0)])
+def test_a_bad_calibration_argument_is_named(field: str, value) -> None:
+    with pytest.raises(ValueError, match=field):
+        CalibrationHelper(model(), Block, ["attn"], **{field: value})
