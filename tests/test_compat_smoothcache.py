@@ -12,7 +12,7 @@ from diffusers import DiTTransformer2DModel, StableAudioDiTModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.stable_audio_transformer import StableAudioDiTBlock
 
-from fastcache import HostError, ScheduleError, SessionError, SmoothCache
+from fastcache import HostError, ScheduleError, SessionError, SmoothCache, accelerate
 from fastcache.compat.smoothcache import CalibrationHelper, DiffuserCacheHelper, DiffuserCalibrationHelper, DiTCacheHelper, SmoothCacheHelper
 from fastcache.published import FINGERPRINT
 from golden.weights import fill_model
@@ -207,6 +207,19 @@ def test_two_calls_a_step_have_stored_outputs_of_their_own() -> None:
     first = expected(host, {"attn": SCHEDULE})
     assert all(torch.equal(a, b) for (a, _), b in zip(found, first))
     assert not torch.equal(found[1][1], found[1][0])
+
+
+@torch.no_grad()
+def test_helper_and_engine_agree_on_an_indexed_schedule() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = {f"{name}-{block}": torch.randint(0, 2, (8,), generator=generator).tolist() for block in range(3) for name in ("attn", "mlp")}
+    rows["mlp"] = rows.pop("mlp-2")
+    host = small_dit()
+    with SmoothCacheHelper(host, type(host.blocks[0]), ["attn", "mlp"], rows):
+        wrapped = run_dit(host)
+    with accelerate(host, SmoothCache(rows), 8):
+        fused = run_dit(host)
+    assert_close(fused, wrapped)
 
 
 # -- the originals' faults ------------------------------------------------------------------------------
