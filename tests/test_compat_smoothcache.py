@@ -13,57 +13,17 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.stable_audio_transformer import StableAudioDiTBlock
 
 from fastcache import HostError, ScheduleError, SessionError, SmoothCache, accelerate
-from fastcache.compat.smoothcache import CalibrationHelper, DiffuserCacheHelper, DiffuserCalibrationHelper, DiTCacheHelper, SmoothCacheHelper
-from fastcache.published import FINGERPRINT
+from fastcache.compat.smoothcache import DiffuserCacheHelper, DiTCacheHelper, SmoothCacheHelper
+from component_model import STEPS, Block, Model, generation, model, tiny_diffusers_dit, x_of
 from golden.weights import fill_model
 from golden_data import CFG_SCALE, FOLDER, TOLERANCE, golden_model, load_case, relative_error
 from hosts import ForeignBlock, assert_close, reference, run as run_dit, small_dit
 
-STEPS = 6
 SCHEDULE = [1, 0, 1, 0, 0, 1]
-
-
-class Block(nn.Module):
-    """attn with a following write-free residual; mlp after it."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.attn, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x).tanh()
-        return x + self.mlp(x).tanh()
-
-
-class Model(nn.Module):
-    def __init__(self, depth: int = 2) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-        self.fail = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-            if self.fail:
-                raise RuntimeError("out of memory")
-        return x
-
-
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model().requires_grad_(False)
 
 
 def helper(host: Model, schedule: dict | None = None, **options) -> SmoothCacheHelper:
     return SmoothCacheHelper(host, Block, ["attn", "mlp"], schedule or {"attn": SCHEDULE}, **options)
-
-
-def x_of(step: int, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 8, generator=torch.Generator().manual_seed(step))
-
-
-def generation(host: Model, batch: int = 2, steps: int = STEPS) -> list[Tensor]:
-    return [host(x_of(step, batch)) for step in range(steps)]
 
 
 def expected(host: Model, flags: dict[str, list[int]], batch: int = 2) -> list[Tensor]:
@@ -337,7 +297,13 @@ def test_the_engine_helper_starts_over_and_restores(caplog) -> None:
     uncached = run_dit(host)
     cache.enable()
     run_dit(host, 3)
+    assert set(cache.current_steps.values()) == {3} and set(cache.current_steps) == {f"blocks.{i}.{name}" for i in range(3) for name in ("attn", "mlp")}
+    assert not cache.is_skip_step("blocks.1.mlp")
     cache.enable()  # starts over
+    assert set(cache.current_steps.values()) == {0} and not cache.is_skip_step("blocks.1.mlp")
+    run_dit(host, 1)
+    assert cache.is_skip_step("blocks.1.mlp")
+    cache.reset_state()
     found, again = run_dit(host), run_dit(host)
     with caplog.at_level(logging.WARNING):
         run_dit(host, 2)
@@ -348,108 +314,3 @@ def test_the_engine_helper_starts_over_and_restores(caplog) -> None:
     assert_close(run_dit(host), uncached, 1e-12)
     with pytest.raises(ScheduleError, match="matches no branch"):
         DiTCacheHelper(host, {"attn1": schedule})
-
-
-# -- calibration ---------------------------------------------------------------------------------------------
-
-
-def tiny_diffusers_dit() -> DiTTransformer2DModel:
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=4, num_embeds_ada_norm=10).eval().requires_grad_(False)
-
-
-def rows_by_definition(outputs: list[list[list[Tensor]]], K: int) -> list[list[float]]:
-    """outputs[run][block][step]."""
-    def error(a: Tensor, b: Tensor) -> float:
-        return float((a - b).abs().sum() / b.abs().sum())
-
-    T = len(outputs[0][0])
-    return [[sum(error(block[i], block[i + j + 1]) for run in outputs for block in run) / (len(outputs) * len(outputs[0])) for i in range(T - 1 - j)] for j in range(K)]
-
-
-def measured(host: Model, shifts: list[float]) -> list[list[list[Tensor]]]:
-    """attn outputs [run][block][step] of uncached runs whose inputs are shifted."""
-    found = []
-    for shift in shifts:
-        run = [[] for _ in host.blocks]
-        hooks = [block.attn.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out.clone())) for block, kept in zip(host.blocks, run)]
-        for step in range(STEPS):
-            host(x_of(step) + shift)
-        for hook in hooks:
-            hook.remove()
-        found.append(run)
-    return found
-
-
-@pytest.mark.parametrize("shifts", [[0.0], [0.0, 0.5, 1.0]], ids=["one-run", "three-runs"])
-@torch.no_grad()
-def test_calibration_averages_the_published_errors_over_blocks_and_runs(tmp_path, shifts: list[float]) -> None:
-    host = model()
-    calibration = CalibrationHelper(host, Block, ["attn"], 3, 0.6, STEPS, tmp_path / "s.json")
-    calibration.enable()
-    calibration.enable()
-    for shift in shifts:
-        for step in range(STEPS):
-            host(x_of(step) + shift)
-    calibration.disable()
-    rows = rows_by_definition(measured(host, shifts), 3)
-    assert [len(row) for row in calibration.errors["attn"]] == [5, 4, 3]
-    assert all(a == pytest.approx(b, rel=1e-5) for found, row in zip(calibration.errors["attn"], rows) for a, b in zip(found, row))
-    assert all("forward" not in vars(module) for module in host.modules())
-    assert json.loads((tmp_path / "s.json").read_text()) == calibration.schedule
-
-
-@torch.no_grad()
-def test_what_calibration_wrote_is_read_by_helper_policy_and_the_originals_lookup(tmp_path) -> None:
-    host = tiny_diffusers_dit()
-    calibration = DiffuserCalibrationHelper(host, calibration_lookahead=2, calibration_threshold=10.0, schedule_length=STEPS, log_file=tmp_path / "s.json")
-    calibration.enable()
-    for step in range(STEPS):
-        call_tiny(host, step)
-    calibration.disable()
-    written = json.loads((tmp_path / "s.json").read_text())
-    assert written["attn1"] == [1, 0, 0, 1, 0, 1] and set(written) == {"attn1", FINGERPRINT}
-    assert written[FINGERPRINT]["family"] == "DiTTransformer2DModel" and written[FINGERPRINT]["layers"] == 2
-    with DiffuserCacheHelper(host, written):
-        for step in range(STEPS):
-            call_tiny(host, step)
-    assert SmoothCache(tmp_path / "s.json").published.num_steps == STEPS
-
-
-def call_tiny(host: DiTTransformer2DModel, step: int) -> Tensor:
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step))
-    return host(x, timestep=torch.tensor([900 - step] * 2), class_labels=torch.tensor([1, 2]), return_dict=False)[0]
-
-
-@torch.no_grad()
-def test_a_failed_calibration_run_is_left_out(tmp_path) -> None:
-    host = model()
-    calibration = CalibrationHelper(host, Block, ["attn", "mlp"], 2, 0.5, STEPS, tmp_path / "s.json")
-    calibration.enable()
-    host(x_of(9))
-    host.fail = True
-    with pytest.raises(RuntimeError):
-        host(x_of(8))
-    host.fail = False
-    generation(host)
-    calibration.disable()
-    rows = rows_by_definition(measured(host, [0.0]), 2)
-    assert calibration.errors["attn"][1] == pytest.approx(rows[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("steps", [0, STEPS - 1, STEPS + 2])
-@torch.no_grad()
-def test_a_calibration_of_another_length_is_an_error_and_writes_nothing(tmp_path, steps: int) -> None:
-    host = model()
-    calibration = CalibrationHelper(host, Block, ["attn"], 2, 0.5, STEPS, tmp_path / "s.json")
-    calibration.enable()
-    generation(host, steps=steps)
-    with pytest.raises(SessionError, match="schedule_length: expected runs of 6"):
-        calibration.disable()
-    assert not (tmp_path / "s.json").exists() and all("forward" not in vars(module) for module in host.modules())
-
-
-@pytest.mark.parametrize(("field", "value"), [("calibration_lookahead", 0), ("schedule_length", 0), ("calibration_threshold", -1.0)])
-def test_a_bad_calibration_argument_is_named(field: str, value) -> None:
-    with pytest.raises(ValueError, match=field):
-        CalibrationHelper(model(), Block, ["attn"], **{field: value})

@@ -59,10 +59,15 @@ class SmoothCacheHelper:
         self.start_steps: dict[str, int] = {}  # the original has it, and uses it no more than we do
         self.reset_state()
 
+    @property
+    def current_steps(self) -> dict[str, int]:
+        """Calls of every component in this generation, by full name."""
+        return self._counts
+
     def reset_state(self) -> None:
         """Forget stored outputs; the next call is the first of a generation."""
         self.cache: dict[str, Any] = {}
-        self.current_steps = {component.full_name: 0 for component in self._components}
+        self._counts = {component.full_name: 0 for component in self._components}
         self._stored: dict[tuple[str, int], Stored] = {}
         self._forms: dict[str, tuple | None] = {}
 
@@ -74,7 +79,7 @@ class SmoothCacheHelper:
 
     def disable(self) -> None:
         """Restore every forward and free the stored outputs. A generation that did not follow the schedule is logged."""
-        enabled, steps = self._wrapping is not None, max(self.current_steps.values()) // self._calls_per_step
+        enabled, steps = self._wrapping is not None, max(self._counts.values()) // self._calls_per_step
         self.unwrap_components()
         if enabled and steps:
             log.warning("the last generation ended after %d of the schedule's %d steps; use a schedule for the sampler's number of steps", steps, self.published.num_steps)
@@ -95,7 +100,7 @@ class SmoothCacheHelper:
 
     def is_skip_step(self, full_name: str) -> bool:
         """True if the next call of this component returns its stored output."""
-        step, call = divmod(self.current_steps[full_name], self._calls_per_step)
+        step, call = divmod(self._counts[full_name], self._calls_per_step)
         flags = self._flags[full_name]
         return flags is not None and flags[step] == 0 and (full_name, call) in self._stored
 
@@ -113,7 +118,7 @@ class SmoothCacheHelper:
             log.warning("%s: its input changed from %s to %s in the middle of a generation; the stored outputs were dropped and this is step 0 of a new one", name, self._forms[name], form)
             self.reset_state()
         self._forms[name] = form
-        count = self.current_steps[name]
+        count = self._counts[name]
         key = (name, count % self._calls_per_step)
         if self.is_skip_step(name):
             if not self._stored[key].intact():
@@ -129,9 +134,9 @@ class SmoothCacheHelper:
     def _advance(self, name: str, count: int) -> None:
         """At the end of the schedule the component starts over, for the next generation."""
         if count < self.published.num_steps * self._calls_per_step:
-            self.current_steps[name] = count
+            self._counts[name] = count
             return
-        self.current_steps[name] = 0
+        self._counts[name] = 0
         self.cache.pop(name, None)
         self._forms.pop(name, None)
         for call in range(self._calls_per_step):
@@ -145,65 +150,57 @@ class DiffuserCacheHelper(SmoothCacheHelper):
         super().__init__(model, diffusers_block(), components_to_wrap, schedule, calls_per_step=calls_per_step)
 
 
-class DiTCacheHelper:
+class DiTCacheHelper(SmoothCacheHelper):
     """For a DiT: attn and mlp of every block, on FastCache's engine.
 
-    `session` is the running session: its summary has times and bytes. A model of the same block
-    class that the engine does not recognise has its components wrapped instead.
+    `session` is the running session: its summary has times and bytes; stored outputs are its own,
+    `cache` and `original_forwards` stay empty. A model of the original's block class that the
+    engine does not recognise has its components wrapped instead.
     """
 
     def __init__(self, model: nn.Module, schedule: Source) -> None:
-        self.model = model
-        self.components_to_wrap = ["attn", "mlp"]
-        self.published = PublishedSchedule.read(schedule)
-        self.schedule = self.published.to_dict()
         self.session: Session | None = None
-        self._components: SmoothCacheHelper | None = None
         try:
-            layout = recognise(model).layout()
+            blocks = {type(block) for block in recognise(model).blocks}
         except HostError:
             blocks = {type(module) for module in model.modules() if type(module).__name__ == "DiTBlock"}
             if not blocks:
                 raise
-            self._components = SmoothCacheHelper(model, tuple(blocks), self.components_to_wrap, self.published)
+            self._on_engine = False
         else:
-            SmoothCache(self.published).schedule(self.published.num_steps, layout)  # what does not fit is told here
+            self._on_engine = True
+        super().__init__(model, tuple(blocks), ["attn", "mlp"], schedule)
 
-    def enable(self) -> None:
-        """Start caching. Enabling twice changes nothing but the state, which starts over."""
-        if self._components is not None:
-            self._components.enable()
-        elif self.session is not None:
+    @property
+    def current_steps(self) -> dict[str, int]:
+        if self.session is None:
+            return super().current_steps
+        return dict.fromkeys(self._flags, self.session._step)
+
+    def reset_state(self) -> None:
+        super().reset_state()
+        if self.session is not None:
             self.session.reset()
-        else:
+
+    def wrap_components(self) -> None:
+        if not self._on_engine:
+            super().wrap_components()
+        elif self.session is None:
             session = accelerate(self.model, SmoothCache(self.published), self.published.num_steps, calls_per_step=1)
             session.__enter__()
             self.session = session
 
-    def disable(self) -> None:
-        """Restore the model exactly. A generation that stopped early is logged as a warning."""
-        if self._components is not None:
-            self._components.disable()
+    def unwrap_components(self) -> None:
+        super().unwrap_components()
         session, self.session = self.session, None
         if session is not None:
             try:
                 session.__exit__(None, None, None)
-            except SessionError as error:
+            except SessionError as error:  # a generation that stopped early: the model is restored by then
                 log.warning("%s", error)
 
-    def reset_state(self) -> None:
-        """Forget stored outputs; the next call is the first of a generation."""
-        running = self._components or self.session
-        if isinstance(running, SmoothCacheHelper):
-            running.reset_state()
-        elif running is not None:
-            running.reset()
-
-    def __enter__(self) -> "DiTCacheHelper":
-        self.enable()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            self.reset_state()
-        self.disable()
+    def is_skip_step(self, full_name: str) -> bool:
+        if self.session is None:
+            return super().is_skip_step(full_name)
+        step, flags = self.current_steps[full_name], self._flags[full_name]
+        return step > 0 and flags is not None and flags[step] == 0
