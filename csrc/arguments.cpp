@@ -28,7 +28,9 @@ Type type_of(int32_t dtype, int64_t& size) {
   return Type::kOther;
 }
 
-void read(Tensor& tensor, AtenTensorHandle handle, bool written = false) {
+}  // namespace
+
+void read(Tensor& tensor, AtenTensorHandle handle, bool written) {
   tensor.handle = handle;  // owned from here on, also if a call below fails
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
@@ -52,6 +54,8 @@ void read(Tensor& tensor, AtenTensorHandle handle, bool written = false) {
   }
 }
 
+namespace {
+
 void read_optional(Tensor& tensor, AtenTensorHandle handle, bool written = false) {
   if (handle != nullptr) read(tensor, handle, written);
 }
@@ -63,16 +67,20 @@ AtenTensorHandle unboxed_optional(StableIValue value) {
   return handle ? *handle : nullptr;
 }
 
-struct List {
-  StableListHandle handle;
-  explicit List(StableIValue value) : handle(torch::stable::detail::to<StableListHandle>(value)) {}
-  ~List() { torch_delete_list(handle); }
-};
+}  // namespace
 
 void release(Tensor& tensor) {
   if (tensor.handle != nullptr) aoti_torch_delete_tensor_object(tensor.handle);
   tensor.handle = nullptr;
 }
+
+namespace {
+
+struct List {
+  StableListHandle handle;
+  explicit List(StableIValue value) : handle(torch::stable::detail::to<StableListHandle>(value)) {}
+  ~List() { torch_delete_list(handle); }
+};
 
 }  // namespace
 
@@ -182,6 +190,11 @@ int32_t float32_dtype() {
   return dtype;
 }
 
+int32_t int32_dtype() {
+  static const int32_t dtype = aoti_torch_dtype_int32();
+  return dtype;
+}
+
 Outputs::~Outputs() {
   for (AtenTensorHandle handle : handles_) {
     if (handle != nullptr) aoti_torch_delete_tensor_object(handle);
@@ -199,10 +212,10 @@ void* Outputs::add(int index, int32_t dtype, int64_t rank, const int64_t* sizes)
 
 void Outputs::release(StableIValue* stack) {
   const int64_t none = 0;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < count_; ++i) {
     if (handles_[i] == nullptr) add(i, i == kErrors ? float32_dtype() : x_.dtype, 1, &none);
   }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < count_; ++i) {
     stack[i] = torch::stable::detail::from(handles_[i]);
     handles_[i] = nullptr;
   }

@@ -1,5 +1,6 @@
-// The arguments of both operators, read from PyTorch's boxed calling convention and checked.
-// Shared by the CPU and the CUDA launcher; checks follow fastcache/backends/checks.py.
+// The arguments of both residual operators, read from PyTorch's boxed calling convention and checked.
+// Shared by the CPU and the CUDA launcher; checks follow fastcache/backends/checks.py. The operators
+// on tokens are called once a step, not once a block: boxed.h reads theirs in a shorter way.
 //
 // Reading the stack by hand instead of through TORCH_BOX saves a shared_ptr per tensor and a
 // vector per list; with 57 tensors in a call that is a third of the dispatch cost.
@@ -31,6 +32,9 @@ struct Tensor {
   bool empty() const;
   int64_t extent() const;  // bytes from the first to one past the last element
 };
+
+void read(Tensor& tensor, AtenTensorHandle handle, bool written = false);  // takes ownership of the handle
+void release(Tensor& tensor);
 
 struct Arguments {
   Tensor x, slot, fresh, fresh_slots, slot_scale;
@@ -64,10 +68,10 @@ struct Arguments {
 Rows rows_of(const Tensor& tensor);
 Vector vector_of(const Tensor& tensor, int64_t tokens, bool packed = false);
 
-// The three outputs of an operator on their way to the caller; freed if something throws before.
+// The outputs of an operator on their way to the caller; freed if something throws before.
 class Outputs {
  public:
-  explicit Outputs(const Tensor& x) : x_(x) {}
+  explicit Outputs(const Tensor& x, int count = 3) : x_(x), count_(count) {}
   ~Outputs();
   Outputs(const Outputs&) = delete;
   Outputs& operator=(const Outputs&) = delete;
@@ -78,12 +82,14 @@ class Outputs {
 
  private:
   const Tensor& x_;
+  int count_;
   AtenTensorHandle handles_[3] = {};
 };
 
 constexpr int kUpdated = 0, kModulated = 1, kErrors = 2;
 
 int32_t float32_dtype();
+int32_t int32_dtype();
 
 [[noreturn]] void fail(const std::string& message);
 void must(AOTITorchError code, const char* call);

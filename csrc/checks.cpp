@@ -1,10 +1,8 @@
 // Argument checks of both operators; the texts are those of fastcache/backends/checks.py.
 // Nothing is formatted unless a check fails: a passing call pays for comparisons only.
-#include "arguments.h"
+#include "checks.h"
 
 namespace fastcache {
-
-namespace {
 
 std::string number(int64_t value) { return std::to_string(value); }
 
@@ -14,6 +12,8 @@ std::string indexed(const char* name, int64_t j) {
   return label;
 }
 
+namespace {
+
 std::string strides_text(const Tensor& tensor) {
   std::string out = "[";
   for (int64_t i = 0; i < tensor.rank; ++i) out.append(i ? ", " : "").append(number(tensor.strides[i]));
@@ -21,6 +21,31 @@ std::string strides_text(const Tensor& tensor) {
 }
 
 bool is_float(Type type) { return type == Type::kFloat32 || type == Type::kFloat16 || type == Type::kBFloat16; }
+
+}  // namespace
+
+void check_dtype(const char* name, int64_t j, const Tensor& t, Type expected) {
+  if (t.type != expected) fail(indexed(name, j) + ": expected " + text(expected) + ", got " + text(t.type));
+}
+
+void check_device(const char* name, int64_t j, const Tensor& t, const Tensor& x) {
+  if (t.device_type == x.device_type && t.device_index == x.device_index) return;
+  fail(indexed(name, j) + ": expected on the device of x, got a tensor on another device");
+}
+
+void check_floating(const char* name, int64_t j, const Tensor& t, bool compressed) {
+  if (is_float(t.type) || (compressed && t.type == Type::kFloat8)) return;
+  if (t.type == Type::kFloat64) fail(indexed(name, j) + ": torch.float64 is computed by the eager backend only; use fastcache.ops or FASTCACHE_BACKEND=eager");
+  fail(indexed(name, j) + ": expected float32, float16 or bfloat16" + (compressed ? " or float8_e4m3fn" : "") + ", got " + text(t.type));
+}
+
+void check_unit_stride(const char* name, int64_t j, const Tensor& t) {
+  const int64_t last = t.rank - 1;
+  if (t.sizes[last] <= 1 || t.strides[last] == 1 || t.empty()) return;
+  fail(indexed(name, j) + ": the last dimension must have stride 1 (nothing is copied behind your back; call .contiguous()), got strides " + strides_text(t));
+}
+
+namespace {
 
 class Checker {
  public:
@@ -139,26 +164,13 @@ class Checker {
     device(name, -1, t);
   }
 
-  void dtype(const char* name, const Tensor& t, Type expected) const {
-    if (t.type != expected) fail(std::string(name) + ": expected " + text(expected) + ", got " + text(t.type));
-  }
+  void dtype(const char* name, const Tensor& t, Type expected) const { check_dtype(name, -1, t, expected); }
 
-  void device(const char* name, int64_t j, const Tensor& t) const {
-    if (t.device_type == x_.device_type && t.device_index == x_.device_index) return;
-    fail(indexed(name, j) + ": expected on the device of x, got a tensor on another device");
-  }
+  void device(const char* name, int64_t j, const Tensor& t) const { check_device(name, j, t, x_); }
 
-  void floating(const char* name, int64_t j, const Tensor& t, bool compressed) const {
-    if (is_float(t.type) || (compressed && t.type == Type::kFloat8)) return;
-    if (t.type == Type::kFloat64) fail(indexed(name, j) + ": torch.float64 is computed by the eager backend only; use fastcache.ops or FASTCACHE_BACKEND=eager");
-    fail(indexed(name, j) + ": expected float32, float16 or bfloat16" + (compressed ? " or float8_e4m3fn" : "") + ", got " + text(t.type));
-  }
+  void floating(const char* name, int64_t j, const Tensor& t, bool compressed) const { check_floating(name, j, t, compressed); }
 
-  void unit_stride(const char* name, int64_t j, const Tensor& t) const {
-    const int64_t last = t.rank - 1;
-    if (t.sizes[last] <= 1 || t.strides[last] == 1 || t.empty()) return;
-    fail(indexed(name, j) + ": the last dimension must have stride 1 (nothing is copied behind your back; call .contiguous()), got strides " + strides_text(t));
-  }
+  void unit_stride(const char* name, int64_t j, const Tensor& t) const { check_unit_stride(name, j, t); }
 
   void vector(const char* name, const Tensor& t, bool packed) const {
     const int64_t* sizes = t.sizes + (packed ? 1 : 0);

@@ -4,13 +4,14 @@ from fastcache.backends import BackendError, status as backends_status, use_back
 from fastcache.calibration import Calibration
 from fastcache.calibration_run import calibrate
 from fastcache.errors import FastCacheError, HostError, ScheduleError, SessionError
-from fastcache.policies import FORA, L2C, Policy, SmoothCache, TaylorSeer
+from fastcache.policies import FORA, L2C, DuCa, Policy, SmoothCache, TaylorSeer, ToCa
 from fastcache.schedule import Action, Schedule, Score, Selection, StepPlan
 from fastcache.session import Session, accelerate
 from fastcache.stream import ResidualStream
 
 __version__ = "0.1.0"
 __all__ = [
-    "FORA", "L2C", "Action", "BackendError", "Calibration", "FastCacheError", "HostError", "Policy", "ResidualStream", "Schedule", "ScheduleError", "Score", "Selection", "Session", "SessionError", "SmoothCache", "StepPlan", "TaylorSeer",
+    "FORA", "L2C", "Action", "BackendError", "Calibration", "DuCa", "FastCacheError", "HostError", "Policy", "ResidualStream", "Schedule", "ScheduleError", "Score", "Selection", "Session",
+    "SessionError", "SmoothCache", "StepPlan", "TaylorSeer", "ToCa",
     "accelerate", "backends_status", "calibrate", "ops", "use_backend",
 ]

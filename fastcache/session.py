@@ -15,8 +15,10 @@ from fastcache.modulation import ModulationTable, build_table, checked_timesteps
 from fastcache.policies import Policy
 from fastcache.policies.base import positive_steps
 from fastcache.report import OperatorCount, Recorder, Summary
-from fastcache.schedule import Kind, Schedule, StepPlan
+from fastcache.schedule import Schedule, StepPlan
 from fastcache.trunk import Trunk
+
+Observer = Callable[[int, int, list[list[Tensor]]], None]
 
 
 def accelerate(
@@ -29,6 +31,7 @@ def accelerate(
     own_features: bool = False,
     compile: bool = False,
     count_ops: bool = True,
+    record_tokens: bool = False,
     host: type[Host] | None = None,
 ) -> "Session":
     """Accelerate a sampler that calls `model` by `policy`; use the result as a context manager.
@@ -48,17 +51,23 @@ def accelerate(
             bodies that return the same memory at each call.
         compile: compile the branch bodies (at most one graph per kind of body).
         count_ops: count the operators of the first step of each kind, for the summary.
+        record_tokens: keep which tokens every step recomputed (Session.tokens); waits for the device.
         host: adapter class for a model of an unknown family.
 
     Raises HostError for an unknown model, ScheduleError for a plan that does not fit it.
     """
-    return Session(model, policy, num_steps, calls_per_step=calls_per_step, keep=keep, own_features=own_features, compile=compile, count_ops=count_ops, host=host)
+    return Session(model, policy, num_steps, calls_per_step=calls_per_step, keep=keep, own_features=own_features, compile=compile, count_ops=count_ops, record_tokens=record_tokens, host=host)
 
 
 class Session:
     """One accelerated model. Made by `accelerate`."""
 
-    def __init__(self, model: nn.Module, policy: Policy | Schedule, num_steps: int | None, *, calls_per_step: int | None, keep: bool, own_features: bool, compile: bool, count_ops: bool, host: type[Host] | None) -> None:
+    def __init__(
+        self, model: nn.Module, policy: Policy | Schedule, num_steps: int | None, *, calls_per_step: int | None = None, keep: bool = False, own_features: bool = False, compile: bool = False,
+        count_ops: bool = True, record_tokens: bool = False, host: type[Host] | None = None, observer: Observer | None = None, history: int = 1,
+    ) -> None:
+        """As `accelerate`; observer is called after every model call with (step, call, features of
+        every branch, newest first), of which at least `history` are kept."""
         if calls_per_step not in (None, 1, 2):
             raise ValueError(f"calls_per_step: expected 1, 2 or None (find out), got {calls_per_step!r}")
         self.host = recognise(model) if host is None else host(model)
@@ -66,6 +75,9 @@ class Session:
         self._declared_calls = self._calls_per_step = calls_per_step
         self._keep = keep
         self._count_ops = count_ops and not compile
+        self._record_tokens = record_tokens
+        self._observer, self._history = observer, history
+        self.tokens: dict[int, dict[int, Tensor]] = {}
         self._trunk = Trunk(self.host, own_features=own_features, compile=compile)
         self._recorder = Recorder()
         self._installed: list[Installation] = []
@@ -95,10 +107,8 @@ class Session:
             schedule = self._policy.schedule(positive_steps(num_steps), layout)
         else:
             raise TypeError(f"policy: expected a Policy (such as fastcache.FORA(interval=3)) or a Schedule, got {type(self._policy).__name__}")
-        for action in {action for step in schedule.steps for action in step.actions}:
-            if action.kind not in (Kind.COMPUTE, Kind.REUSE):
-                raise ScheduleError(f"schedule: this version runs COMPUTE, REUSE and skipped steps, not {action.kind.name}")
         self._schedule = schedule
+        self._trunk.follow(schedule, self._history)
         self._step = self._call = 0
 
     # -- taking over and giving back ----------------------------------------------------------
@@ -191,11 +201,11 @@ class Session:
         self._check_thread()
         if self._busy:
             raise SessionError("the model called itself while accelerated")
-        if self._schedule.uncached:
+        if self._schedule.uncached and self._observer is None:
             return self._measured("full", self._device(), original, args, kwargs, self._advance)
         self._find_calls_per_step(args, kwargs)
         plan = self._decide()
-        self._trunk.open(plan, self._step, self._call, self._table, self._schedule.skips)
+        self._trunk.open(plan, self._step, self._call, self._table)
         self._busy = True
         try:
             return self._measured(None, self._device(), original, args, kwargs, self._advance)
@@ -219,9 +229,16 @@ class Session:
             self._recorder.recomputed += done.recomputed
             self._recorder.bytes_held = max(self._recorder.bytes_held, self._trunk.nbytes)
             planned = done.kind
+            self._observe()
         self._recorder.stop(planned, begun, device, None if counter is None else counter.count)
         finish()
         return output
+
+    def _observe(self) -> None:
+        if self._observer is not None:
+            self._observer(self._step, self._call, self._trunk.history())
+        if self._record_tokens and self._call == 0:
+            self.tokens[self._step] = {index: chosen.cpu() for index, chosen in self._trunk.chosen_tokens().items()}
 
     def _decide(self) -> StepPlan:
         planned = self._schedule.steps[self._step]

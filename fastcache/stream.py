@@ -168,7 +168,8 @@ def constant_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Ten
 @functools.lru_cache(maxsize=4096)
 def _kept_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+        row = torch.tensor(values, dtype=dtype)
+        return row if device.type == "cpu" else row.pin_memory().to(device, non_blocking=True)  # never waits for the device
 
 
 def _vector_3d(vector: Tensor, x: Tensor) -> Tensor:

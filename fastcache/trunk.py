@@ -9,10 +9,14 @@ from torch.nn.modules import module as torch_module
 
 from fastcache.deferred import Deferred
 from fastcache.features import FeatureStore
+from fastcache.forecast import forecast_weights
 from fastcache.hosts import Host, HostBranch
 from fastcache.modulation import ModulationTable
-from fastcache.schedule import Kind, StepPlan, full_step
+from fastcache.ops import SlotMap
+from fastcache.schedule import Action, Kind, Schedule, Score, StepPlan, full_step
+from fastcache.selector import TokenSelector
 from fastcache.stream import ResidualStream
+from fastcache.tap import AttentionTap
 
 TRUNK = -1  # feature index of the trunk's output, kept for skipped steps
 
@@ -54,16 +58,26 @@ class Trunk:
 
     def __init__(self, host: Host, *, own_features: bool, compile: bool) -> None:
         self._host = host
-        self._own = own_features
+        self._own, self._compile = own_features, compile
         self._blocks = host.blocks
         self._layout = host.layout()
         self._programs = [host.branches(block) for block in self._blocks]
         self._indices = [[index for index, _ in self._layout.branches_of(number)] for number in range(len(self._blocks))]
         self._bodies = [[compiled_body(branch.body) if compile else branch.body for branch in program] for program in self._programs]
         self._stores: dict[int, FeatureStore] = {}
+        self._selectors: dict[int, TokenSelector] = {}
         self._stream: ResidualStream | None = None
         self._tip: Deferred | None = None
         self._handed: weakref.WeakSet[Deferred] = weakref.WeakSet()
+
+    def follow(self, schedule: Schedule, history: int = 1) -> None:
+        """The schedule of the coming steps, and how many features of a branch to keep at least."""
+        self._schedule = schedule
+        self._depth = max(history, schedule.history)
+        self._refreshed = schedule.refreshed
+        self._score: Score | None = schedule.selection.score if schedule.refreshed else None
+        self._writes = self._own or bool(schedule.refreshed)  # some slot of a branch is written in place
+        self.clear()
 
     @property
     def nbytes(self) -> int:
@@ -73,12 +87,28 @@ class Trunk:
     def clear(self) -> None:
         """Free every feature and forget the stream."""
         self._stores.clear()
+        self._selectors.clear()
         self._stream = self._tip = None
 
-    def open(self, plan: StepPlan, step: int, call: int, table: ModulationTable | None, keep_trunk: bool) -> None:
-        """Begin a model call that follows `plan`; keep_trunk: later steps may skip the trunk."""
-        self._plan, self._step, self._keep_trunk = plan, step, keep_trunk
-        self._store = self._stores.setdefault(call, FeatureStore())
+    def history(self) -> list[list[Tensor]]:
+        """The stored features of every branch of the layout, newest first, of the call that was opened last."""
+        return [self._store.history(index) for index in range(len(self._layout.branches))]
+
+    def chosen_tokens(self) -> dict[int, Tensor]:
+        """[B, N] bool by branch: the tokens that the call that was opened last recomputed."""
+        if self._selector is None:
+            return {}
+        found = {index: self._selector.chosen(index) for index in sorted(self._refreshed)}
+        return {index: choice.slots >= 0 for index, choice in found.items() if choice is not None}
+
+    def open(self, plan: StepPlan, step: int, call: int, table: ModulationTable | None) -> None:
+        """Begin a model call that follows `plan`."""
+        self._plan, self._step = plan, step
+        self._store = self._stores.setdefault(call, FeatureStore(self._depth))
+        self._selector = None
+        if self._refreshed:
+            self._selector = self._selectors.setdefault(call, TokenSelector(self._schedule.selection, sorted(self._refreshed)))
+            self._selector.begin_step()
         self._table, self._table_row = table, None
         self._memo: dict = {}
         self._recomputed = False
@@ -100,34 +130,86 @@ class Trunk:
             self._check_features(x, condition)
         last = number == len(self._blocks) - 1
         if self._plan.skip:
+            if number in self._plan.run_blocks:  # what it computes is stored, and its output thrown away
+                aside = ResidualStream(_rowwise(x))
+                self._queue_branches(number, aside, condition)
+                aside.value()
             return self._store.feature(TRUNK) if last else x
         stream = self._continued(x)
-        vectors = self._vectors(number, condition)
-        for position, (index, branch) in enumerate(zip(self._indices[number], self._programs[number], strict=True)):
-            gate, row = vectors.gate(position, branch)
-            if self._plan.actions[index].kind is Kind.REUSE:
-                stream.add(self._store.feature(index), gate, gate_row=row)
-                continue
-            h = stream.modulated(vectors.vector(branch.shift), vectors.vector(branch.scale), norm=branch.norm, weight=branch.norm_weight, bias=branch.norm_bias, eps=branch.eps)
-            self._queue_fresh(stream, index, _rowwise(self._bodies[number][position](h)), gate, row)
+        self._queue_branches(number, stream, condition)
         return self._handed_on(number, stream, last)
 
+    def _queue_branches(self, number: int, stream: ResidualStream, condition: Tensor) -> None:
+        vectors = self._vectors(number, condition)
+        for position, (index, branch) in enumerate(zip(self._indices[number], self._programs[number], strict=True)):
+            action = self._plan.actions[index]
+            gate, row = vectors.gate(position, branch)
+            if action.kind is Kind.COMPUTE:
+                feature = self._run_body(number, position, self._modulated(stream, vectors, branch))
+                self._queue_fresh(stream, index, feature, gate, row)
+            elif action.kind is Kind.REFRESH and not self._plan.skip:
+                self._queue_refreshed(stream, number, position, action, vectors, gate, row)
+            elif action.kind is Kind.FORECAST and not self._plan.skip:
+                self._queue_forecast(stream, index, action.order, gate, row)
+            elif not self._plan.skip:
+                stream.add(self._store.feature(index), gate, gate_row=row)
+
+    def _modulated(self, stream: ResidualStream, vectors: Vectors, branch: HostBranch, rows: SlotMap | None = None) -> Tensor:
+        return stream.modulated(vectors.vector(branch.shift), vectors.vector(branch.scale), rows=rows, norm=branch.norm, weight=branch.norm_weight, bias=branch.norm_bias, eps=branch.eps)
+
+    def _run_body(self, number: int, position: int, h: Tensor) -> Tensor:
+        """A branch's body on all tokens; an attention that scores are taken from is read while it runs."""
+        branch = self._programs[number][position]
+        targets = [index for index in self._indices[number] if index in self._refreshed] if branch.attention and self._score is not None and self._score.taken else []
+        if not targets:
+            return _rowwise(self._bodies[number][position](h))
+        tap = AttentionTap(f"blocks.{number}.{branch.name}", branch.body)
+        output = _rowwise(tap.run(h))
+        for index in targets:
+            self._selector.take(index, tap)
+        return output
+
     def _queue_fresh(self, stream: ResidualStream, index: int, feature: Tensor, gate: Tensor | None, row: int | None) -> None:
-        if self._own:
-            stream.refresh(self._store.own(index, feature, self._step).tensor, feature, None, gate, gate_row=row)
+        if self._own or index in self._refreshed:
+            stream.refresh(self._store.buffer(index, feature, self._step).tensor, feature, None, gate, gate_row=row)
         else:
             self._store.borrow(index, feature, self._step)
             stream.add(feature, gate, gate_row=row)
 
+    def _queue_refreshed(self, stream: ResidualStream, number: int, position: int, action: Action, vectors: Vectors, gate: Tensor | None, row: int | None) -> None:
+        """Recompute the chosen tokens into the stored feature, and queue it."""
+        index, branch = self._indices[number][position], self._programs[number][position]
+        feature = self._store.feature(index)
+        if self._score.local and action.tokens == 0:
+            self._selector.skip_here(index)
+        elif self._score.local:
+            self._selector.choose_here(index, action.tokens, self._capacity(action), stream.value(), feature)
+        choice = self._selector.chosen(index)
+        if choice is None:
+            stream.add(feature, gate, gate_row=row)
+            return
+        fresh = _rowwise(self._bodies[number][position](self._modulated(stream, vectors, branch, choice)))
+        stream.refresh(self._store.own(index).tensor, fresh, choice, gate, gate_row=row)
+
+    def _queue_forecast(self, stream: ResidualStream, index: int, order: int, gate: Tensor | None, row: int | None) -> None:
+        """Queue the forecast as one term per stored feature, weighted on the host."""
+        steps = self._store.steps(index)
+        for back, weight in enumerate(forecast_weights(self._step, steps, min(order, len(steps) - 1))):
+            stream.add(self._store.feature(index, back), gate, gate_row=row, weight=weight)
+
+    def _capacity(self, action: Action) -> int:
+        """Rows that are packed: a compiled body would be compiled again for one token."""
+        return max(action.tokens, 2) if self._compile else action.tokens
+
     def _handed_on(self, number: int, stream: ResidualStream, last: bool) -> Tensor:
         if not last and not _hooked(self._blocks[number]):
             self._stream, self._tip = stream, Deferred(stream)
-            if self._own:
+            if self._writes:
                 self._handed.add(self._tip)
             return self._tip
         value = stream.value()
         self._stream = self._tip = None
-        if last and self._keep_trunk:
+        if last and self._schedule.skips:
             self._store.borrow(TRUNK, value, self._step)
         return value
 
@@ -150,6 +232,18 @@ class Trunk:
         if not all(self._store.usable(index, x) for index in needed):
             self._plan = full_step(self._layout)
             self._recomputed = True
+        if self._selector is not None:
+            self._prepare_selection(x)
+
+    def _prepare_selection(self, x: Tensor) -> None:
+        """Ages of what is computed start again; where scores are known already, all choices are made here."""
+        actions = {index: self._plan.actions[index] for index in sorted(self._refreshed)}
+        computed = [index for index, action in actions.items() if action.kind is Kind.COMPUTE]
+        if computed:
+            self._selector.restart(computed, x)
+        wanted = {index: action for index, action in actions.items() if action.kind is Kind.REFRESH}
+        if wanted and not self._plan.skip and not self._score.local:
+            self._selector.choose_all({index: action.tokens for index, action in wanted.items()}, {index: self._capacity(action) for index, action in wanted.items()}, x)
 
     def _vectors(self, number: int, condition: Tensor) -> Vectors:
         if self._table is not None:
@@ -157,9 +251,13 @@ class Trunk:
                 self._table_row = self._table.vectors[self._step]
             return Vectors(table=self._table_row, first=number * self._host.vectors)
         block = self._blocks[number]
-        if all(self._plan.actions[index].kind is Kind.REUSE for index in self._indices[number]):
+        if not any(self._runs_body(self._plan.actions[index]) for index in self._indices[number]):
             return Vectors(gates=self._host.gates(block, condition, self._memo))
         return Vectors(every=self._host.modulation(block, condition))
+
+    @staticmethod
+    def _runs_body(action: Action) -> bool:
+        return action.kind is Kind.COMPUTE or (action.kind is Kind.REFRESH and action.tokens > 0)
 
 
 def compiled_body(body: torch.nn.Module) -> Any:

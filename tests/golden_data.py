@@ -68,3 +68,23 @@ def load_case(name: str) -> GoldenCase:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want||, in float64."""
     return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@dataclass(frozen=True)
+class GoldenActions:
+    """What an original did at every step: DiT, a letter per layer (F, P, A); PixArt, per layer ["full"],
+    ["partial", K of cross, K of mlp] or ["skip"]; STDiT3, per layer [spatial, temporal] lists of "full",
+    "reuse", "skip" or K, for attn, cross and mlp.
+    """
+
+    method: str  # ToCa or DuCa
+    family: str
+    tokens: int
+    fields: dict[str, object]
+    actions: list
+
+
+@cache
+def load_actions() -> dict[str, GoldenActions]:
+    """The cases of `tests/golden/token_actions.json`, all with 28 layers."""
+    return {name: GoldenActions(**case) for name, case in json.loads((FOLDER / "token_actions.json").read_text()).items()}

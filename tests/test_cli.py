@@ -55,6 +55,16 @@ def test_plan_counts_steps_and_writes_what_it_drew_and_saved(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 0
 
 
+def test_plan_shows_tokens_by_step_and_the_authors_flops(tmp_path):
+    output = run("plan", "--policy", "toca", "--set", "fresh_threshold=3", "--set", "reproduce_reference=true", "--steps", 50, "--draw", tmp_path / "p.png")
+    assert "10,232,809,588,736 FLOPs by the authors' own formula" in output
+    lines = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in output.splitlines()]
+    assert ["12", "partial", "1-2"] in lines and ["17", "mixed", "16-23"] in lines and ["48", "partial", "104-156"] in lines
+    assert ["1-3, 6-8, 10-11", "partial", "0"] in lines
+    assert "skip" in run("plan", "--policy", "duca", "--model", "glyphs")
+    assert "refreshed of" not in run("plan", "--policy", "fora")
+
+
 def test_plan_knows_the_glyph_model():
     assert "on glyphs, 10 steps" in run("plan", "--model", "glyphs", "--steps", 10)
 
@@ -67,6 +77,8 @@ def test_plan_knows_the_glyph_model():
         (["--set", "interval"], "--set: expected field=value"),
         (["--set", "interval=0"], "--set: interval: expected a whole number >= 1"),
         (["--set", "interval=x"], "--set: interval: expected a whole number >= 1"),
+        (["--policy", "toca", "--set", "ratio_scheduler=ToCa"], "--set: ratio_scheduler: expected one of constant"),
+        (["--policy", "duca", "--input-size", 30], "--set: layout.tokens: the spatial bonus on DiT needs a square grid"),
         (["--model", "DiT-H/2"], "--model: expected glyphs or one of DiT-S/2"),
     ],
 )

@@ -26,19 +26,38 @@ def test_a_borrowed_slot_that_was_written_is_refused() -> None:
 def test_owning_a_borrowed_slot_copies_it_once_and_never_writes_the_original() -> None:
     store, feature = FeatureStore(), torch.randn(2, 3, 4)
     store.borrow(0, feature, 0)
-    slot = store.own(0, feature, 1)
+    slot = store.own(0)
     assert slot.owned and torch.equal(slot.tensor, feature)
     slot.tensor.zero_()
     assert feature.abs().sum() > 0
-    assert store.own(0, feature, 2).tensor is slot.tensor and store.age(0, 2) == 0
+    assert store.own(0).tensor is slot.tensor and store.age(0, 2) == 2
+
+
+def test_a_buffer_is_taken_again_for_the_next_feature_of_the_same_shape() -> None:
+    store, feature = FeatureStore(), torch.randn(2, 3, 4)
+    first = store.buffer(0, feature, 0)
+    again = store.buffer(0, feature, 4)
+    assert again.tensor is first.tensor and again.owned and store.steps(0) == [4]
 
 
 @pytest.mark.parametrize("like", [torch.randn(1, 3, 4), torch.randn(2, 3, 4, dtype=torch.float64)])
-def test_an_owned_slot_of_another_shape_or_dtype_is_replaced(like) -> None:
-    store = FeatureStore()
-    before = store.own(0, torch.randn(2, 3, 4), 0).tensor
-    after = store.own(0, like, 1).tensor
-    assert after is not before and after.shape == like.shape and after.dtype == like.dtype
+def test_a_buffer_of_another_shape_or_dtype_starts_the_history_again(like) -> None:
+    store = FeatureStore(depth=2)
+    before = store.buffer(0, torch.randn(2, 3, 4), 0).tensor
+    after = store.buffer(0, like, 1).tensor
+    assert after is not before and after.shape == like.shape and after.dtype == like.dtype and store.steps(0) == [1]
+
+
+def test_a_history_keeps_the_newest_features_and_takes_the_oldest_buffer_again() -> None:
+    store, features = FeatureStore(depth=3), [torch.full((1, 2, 2), float(k)) for k in range(5)]
+    for step, feature in enumerate(features):
+        store.borrow(0, feature, step)
+        store.buffer(1, feature, step).tensor.copy_(feature)
+    for branch in (0, 1):
+        assert store.steps(branch) == [4, 3, 2]
+        assert [int(kept[0, 0, 0]) for kept in store.history(branch)] == [4, 3, 2]
+    assert len({kept.data_ptr() for kept in store.history(1)}) == 3
+    assert store.nbytes == 6 * 16
 
 
 def test_a_feature_of_another_shape_is_not_usable() -> None:
@@ -57,7 +76,7 @@ def test_bytes_count_every_storage_once() -> None:
 
 def test_clearing_frees_what_we_own() -> None:
     store = FeatureStore()
-    kept = weakref.ref(store.own(0, torch.randn(2, 3, 4), 0).tensor)
+    kept = weakref.ref(store.buffer(0, torch.randn(2, 3, 4), 0).tensor)
     store.clear()
     gc.collect()
     assert kept() is None and store.nbytes == 0 and 0 not in store

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "fastcache/plan.h"
+#include "fastcache/token_plan.h"
 
 namespace fastcache {
 
@@ -11,6 +11,12 @@ struct Kernels {
   const char* name;
   // Work units [begin, end) of the plan; scratch holds scratch_floats(plan) floats.
   void (*residual_update)(const Plan& plan, int64_t begin, int64_t end, float* scratch);
+  // Rows [begin, end); scratch holds 3 * N words.
+  void (*select_tokens)(const SelectPlan& plan, int64_t begin, int64_t end, uint32_t* scratch);
+  // Tiles [begin, end) of kScoreTile tokens of one sample: row_score, and value_norm.
+  void (*row_score)(const ScorePlan& plan, int64_t begin, int64_t end);
+  // Work units [begin, end) of the plan.
+  void (*relative_error)(const ErrorPlan& plan, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_avx512, kernels_avx2, kernels_default;

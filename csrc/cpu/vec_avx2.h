@@ -7,6 +7,7 @@ constexpr int kLanes = 8;
 using Vec = __m256;
 
 inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
+inline Vec from_integers(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -88,13 +89,18 @@ inline void store_part(T* p, Vec a, int count) {
   for (int i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
-// A sum in float64, for the error sums.
+// A sum in float64: of errors, of a norm.
 struct WideSum {
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
 
   void add(Vec a) {
     low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
     high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+  }
+  void add_square(Vec a) {
+    const __m256d first = _mm256_cvtps_pd(_mm256_castps256_ps128(a)), second = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
+    low = _mm256_fmadd_pd(first, first, low);
+    high = _mm256_fmadd_pd(second, second, high);
   }
   double total() const {
     double lanes[4];

@@ -9,6 +9,7 @@ using Vec = __m512;
 inline __mmask16 first(int count) { return __mmask16((1u << count) - 1u); }
 
 inline Vec broadcast(float value) { return _mm512_set1_ps(value); }
+inline Vec from_integers(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -92,13 +93,18 @@ inline void store_pair(BFloat16* p, Vec& a, Vec& b) {
   b = cut(high);
 }
 
-// A sum in float64, for the error sums.
+// A sum in float64: of errors, of a norm.
 struct WideSum {
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
 
   void add(Vec a) {
     low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
     high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
+  }
+  void add_square(Vec a) {
+    const __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(a)), second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+    low = _mm512_fmadd_pd(first, first, low);
+    high = _mm512_fmadd_pd(second, second, high);
   }
   double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
 };

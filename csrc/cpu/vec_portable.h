@@ -23,6 +23,11 @@ typedef uint64_t Pair __attribute__((vector_size(16)));
 typedef int16_t HalfWords __attribute__((vector_size(8)));
 
 inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
+inline Vec from_integers(const int32_t* p) {
+  Mask whole;
+  __builtin_memcpy(&whole, p, sizeof(whole));
+  return __builtin_convertvector(whole, Vec);
+}
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
@@ -134,12 +139,15 @@ inline void store_part(T* p, Vec a, int count) {
   for (int i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
-// A sum in float64, for the error sums.
+// A sum in float64: of errors, of a norm.
 struct WideSum {
   double lanes[kLanes] = {};
 
   void add(Vec a) {
     for (int i = 0; i < kLanes; ++i) lanes[i] += double(a[i]);
+  }
+  void add_square(Vec a) {
+    for (int i = 0; i < kLanes; ++i) lanes[i] += double(a[i]) * double(a[i]);
   }
   double total() const { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
 };

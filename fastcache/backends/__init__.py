@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 NAMES = ("cpp", "cuda", "triton", "eager")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 STREAM = frozenset({"residual_update", "residual_update_scatter_"})
-IMPLEMENTS = {"cpp": STREAM, "cuda": STREAM, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
+TOKENS = frozenset({"select_tokens_", "row_score", "value_norm", "relative_error"})
+IMPLEMENTS = {"cpp": STREAM | TOKENS, "cuda": STREAM, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
 
 
 class BackendError(RuntimeError):

@@ -12,7 +12,10 @@ from fastcache.drawing import draw_schedules
 from fastcache.glyphs.train import CONFIG as GLYPHS
 from fastcache.hosts import recognise
 from fastcache.models import PRESETS, DiT
-from fastcache.schedule import Layout, Schedule
+from fastcache.policies import Policy
+from fastcache.schedule import Kind, Layout, Schedule, StepPlan
+
+GUIDED = 2
 
 
 def plan(
@@ -25,9 +28,18 @@ def plan(
     save: Annotated[Path | None, Option(help="Also write the plan to this JSON file.")] = None,
 ) -> None:
     """Show what a policy does at every step of a model, and what that costs, without running it."""
-    schedule = policy_from(policy, fields).schedule(steps, layout_of(model, input_size))
+    chosen, layout = policy_from(policy, fields), layout_of(model, input_size)
+    try:
+        schedule = chosen.schedule(steps, layout)
+    except ValueError as error:
+        raise BadParameter(f"--set: {error}") from error
     console = Console()
     console.print(table_of(schedule, model))
+    if schedule.refreshed:
+        console.print(tokens_of(schedule))
+    authors = _authors_flops(chosen, steps, layout)
+    if authors is not None:
+        console.print(f"{authors:,} FLOPs by the authors' own formula, which counts the blocks alone, for a batch of {GUIDED} (one sample with guidance)")
     if draw is not None:
         draw_schedules({f"{schedule.policy} on {model}": schedule}, draw)
         console.print(f"drawn: {draw}")
@@ -61,6 +73,35 @@ def table_of(schedule: Schedule, model: str) -> Table:
     table.add_section()
     table.add_row("all", str(schedule.num_steps), f"{schedule.flops() / schedule.num_steps / 1e9:.3f}", f"{schedule.flops() / 1e9:.1f}", "")
     return table
+
+
+def tokens_of(schedule: Schedule) -> Table:
+    """A line per run of equal steps that refresh tokens: how many in each branch, over all blocks."""
+    names = [name for name in schedule.layout.names if any(schedule.layout.branches[index].name == name for index in schedule.refreshed)]
+    table = Table(title=f"refreshed of {schedule.layout.tokens} tokens", caption="fewest-most of any block")
+    for heading in ("steps", "kind", *names):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    lines = [(step.kind, *(_tokens(step, name) for name in names)) for step in schedule.steps]
+    for line in dict.fromkeys(lines):
+        at = [index for index, other in enumerate(lines) if other == line]
+        if any(line[1:]):
+            table.add_row(_ranges(at), *line)
+    return table
+
+
+def _tokens(step: StepPlan, name: str) -> str:
+    """"21-32", "0" or, for a branch that refreshes none, nothing."""
+    found = [action.tokens for action, branch in zip(step.actions, step.layout.branches, strict=True) if branch.name == name and action.kind is Kind.REFRESH]
+    if not found:
+        return ""
+    return str(found[0]) if min(found) == max(found) else f"{min(found)}-{max(found)}"
+
+
+def _authors_flops(policy: Policy, steps: int, layout: Layout) -> int | None:
+    try:
+        return policy.reference_flops(steps, layout, GUIDED)
+    except NotImplementedError:
+        return None
 
 
 def _ranges(indices: list[int]) -> str:

@@ -15,7 +15,8 @@ class HostBranch:
     """x <- x + gate * body(norm(x) * (1 + scale) + shift), as one block of the host has it.
 
     body: the host's own submodule, [B, N, D] -> [B, N, D]. shift, scale, gate: rows of the
-    block's modulation [B, V, D], None where the host has none.
+    block's modulation [B, V, D], None where the host has none. attention: the body is the block's
+    self-attention, from which tokens get their scores.
     """
 
     name: str
@@ -27,6 +28,7 @@ class HostBranch:
     eps: float = 1e-6
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+    attention: bool = False
 
 
 class Host(abc.ABC):

@@ -43,7 +43,7 @@ class DiTHost(Host):
 
     def branches(self, block: nn.Module) -> tuple[HostBranch, ...]:
         return tuple(
-            HostBranch(name, getattr(block, name), first, first + 1, first + 2, Norm.LAYER, norm.eps, norm.weight, norm.bias)
+            HostBranch(name, getattr(block, name), first, first + 1, first + 2, Norm.LAYER, norm.eps, norm.weight, norm.bias, attention=name == "attn")
             for name, norm, first in (("attn", block.norm1, 0), ("mlp", block.norm2, 3))
         )
 

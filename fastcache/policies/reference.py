@@ -3,7 +3,7 @@
 It counts the blocks alone, one FLOP a multiply-add in the adaLN projection and two elsewhere, and
 serves only to compare with published figures; `StepPlan.flops` is the model's own count.
 """
-from fastcache.schedule import Layout
+from fastcache.schedule import Kind, Layout, Schedule, StepPlan
 
 
 def attention_flops(layout: Layout, batch: int) -> int:
@@ -27,3 +27,19 @@ def block_overhead_flops(layout: Layout, batch: int) -> int:
 def full_block_flops(layout: Layout, batch: int) -> int:
     """A block that computes everything."""
     return attention_flops(layout, batch) + mlp_flops(layout, batch, layout.tokens) + block_overhead_flops(layout, batch)
+
+
+def plan_flops(schedule: Schedule, batch: int) -> int:
+    """A plan of full, partial and skipped steps; a block that a step leaves out counts nothing."""
+    return sum(_step_flops(step, batch) for step in schedule.steps)
+
+
+def _step_flops(step: StepPlan, batch: int) -> int:
+    layout = step.layout
+    total = len(step.run_blocks) * block_overhead_flops(layout, batch)
+    for action, branch in zip(step.actions, layout.branches, strict=True):
+        if branch.name == "mlp" and action.kind in (Kind.COMPUTE, Kind.REFRESH):
+            total += mlp_flops(layout, batch, layout.tokens if action.kind is Kind.COMPUTE else action.tokens)
+        elif action.kind is Kind.COMPUTE:
+            total += attention_flops(layout, batch)
+    return total
