@@ -1,6 +1,8 @@
 """FastCache: feature caching for diffusion transformers, at the cost of its memory traffic."""
 from fastcache import ops
 from fastcache.backends import BackendError, status as backends_status, use_backend
+from fastcache.calibration import Calibration
+from fastcache.calibration_run import calibrate
 from fastcache.errors import FastCacheError, HostError, ScheduleError, SessionError
 from fastcache.policies import FORA, L2C, DuCa, Policy, SmoothCache, TaylorSeer, ToCa
 from fastcache.schedule import Action, Schedule, Score, Selection, StepPlan
@@ -9,7 +11,7 @@ from fastcache.stream import ResidualStream
 
 __version__ = "0.1.0"
 __all__ = [
-    "FORA", "L2C", "Action", "BackendError", "DuCa", "FastCacheError", "HostError", "Policy", "ResidualStream", "Schedule", "ScheduleError", "Score", "Selection", "Session",
+    "FORA", "L2C", "Action", "BackendError", "Calibration", "DuCa", "FastCacheError", "HostError", "Policy", "ResidualStream", "Schedule", "ScheduleError", "Score", "Selection", "Session",
     "SessionError", "SmoothCache", "StepPlan", "TaylorSeer", "ToCa",
-    "accelerate", "backends_status", "ops", "use_backend",
+    "accelerate", "backends_status", "calibrate", "ops", "use_backend",
 ]

@@ -1,6 +1,7 @@
 """All commands in one typer app."""
 import typer
 
+from fastcache.cli.calibrate import calibrate
 from fastcache.cli.demo import demo
 from fastcache.cli.doctor import doctor
 from fastcache.cli.plan import plan
@@ -8,6 +9,6 @@ from fastcache.cli.quality import quality
 from fastcache.cli.sample import sample
 
 app = typer.Typer(name="fastcache", help="Feature caching for diffusion transformers.", no_args_is_help=True)
-for command in (demo, quality, sample, plan, doctor):
+for command in (demo, quality, sample, calibrate, plan, doctor):
     app.command()(command)
 

@@ -44,7 +44,7 @@ def sample(
     if dtype not in DTYPES:
         raise BadParameter(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     chosen = policy_from(policy, fields)
-    model, diffusion = _model_from(checkpoint, num_heads)
+    model, diffusion = model_from(checkpoint, num_heads)
     model.to(device, DTYPES[dtype])
     decode = _decoder(model, vae, device)
     labels = [label for label in numbers_in(classes, model.config.num_classes - 1) for _ in range(per_class)]
@@ -92,7 +92,8 @@ def numbers_in(text: str, largest: int) -> list[int]:
     return numbers
 
 
-def _model_from(checkpoint: Path | None, num_heads: int | None) -> tuple[DiT, Diffusion]:
+def model_from(checkpoint: Path | None, num_heads: int | None) -> tuple[DiT, Diffusion]:
+    """The model of a checkpoint, or the shipped one, and what it was trained to undo."""
     if checkpoint is None:
         return load_glyph_dit(), DIFFUSION
     found = read_checkpoint(checkpoint, num_heads=num_heads)

@@ -1,0 +1,1 @@
+"""Drop-in modules: the names and signatures of other projects, on FastCache."""
