@@ -16,6 +16,10 @@ using fastcache::Type;
 
 constexpr int kLookaheads = 4;  // compared in one pass over the newest feature
 
+inline Vec sum_of_four(const Vec* values) {
+  return add(add(magnitude(values[0]), magnitude(values[1])), add(magnitude(values[2]), magnitude(values[3])));
+}
+
 // sums[0]: sum|newest|; sums[1 + k]: sum|earlier - newest| of K look-aheads from `lookahead` on.
 template <class X, int K>
 inline void error_rows_of(const ErrorPlan& plan, int64_t layer, int64_t lookahead, int64_t first, int64_t last, double* sums) {
@@ -26,6 +30,19 @@ inline void error_rows_of(const ErrorPlan& plan, int64_t layer, int64_t lookahea
     const X* earlier[K];
     for (int k = 0; k < K; ++k) earlier[k] = reinterpret_cast<const X*>(plan.earlier[(lookahead + k) * plan.layers + layer].at(b, n));
     int64_t c = 0;
+    for (; sizeof(X) == 2 && c + 4 * kLanes <= plan.D; c += 4 * kLanes) {
+      Vec own[4];
+      load_pair(newest + c, own[0], own[1]);
+      load_pair(newest + c + 2 * kLanes, own[2], own[3]);
+      size.add(sum_of_four(own));
+      for (int k = 0; k < K; ++k) {
+        Vec other[4];
+        load_pair(earlier[k] + c, other[0], other[1]);
+        load_pair(earlier[k] + c + 2 * kLanes, other[2], other[3]);
+        for (int i = 0; i < 4; ++i) other[i] = sub(other[i], own[i]);
+        errors[k].add(sum_of_four(other));
+      }
+    }
     for (; c + kLanes <= plan.D; c += kLanes) {
       const Vec own = load(newest + c);
       size.add(magnitude(own));

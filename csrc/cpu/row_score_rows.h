@@ -5,7 +5,7 @@
 // the latency of an addition, and their lanes are summed in float64. A norm's square root, and the
 // cosine's quotient, are float64 and rounded once. A work unit is a tile of 64 tokens: value_norm
 // goes through it head by head, which reads whole cache lines whether the heads or the tokens of v
-// are neighbours in memory.
+// are neighbours in memory. Lost: software prefetch, at any distance.
 #pragma once
 
 #include "fastcache/token_plan.h"

@@ -5,7 +5,7 @@
 // would take log N passes; here a row takes
 //   1  score -> sortable key: unsigned integers in the order of the scores (in the slots' memory)
 //   2  a histogram of all keys over 2048 equal bins between the smallest and the largest key, which
-//      finds the bin of the last chosen key, then histograms of that bin alone (1 to 3 in all)
+//      finds the bin of the last chosen key, then histograms of that bin alone (2 or 3 in all)
 //   3  key against threshold: slots, ages and index, 16 tokens at a time with AVX-512
 // The arithmetic is the definition's to the last bit: products are rounded before they are added.
 // Lost: digits of the key as bins, because most scores share their leading digit.
@@ -18,7 +18,7 @@ namespace {
 
 using fastcache::SelectPlan;
 
-constexpr int kBinBits = 11, kBins = 1 << kBinBits;
+constexpr int kBinBits = 11, kBins = 1 << kBinBits, kFewBinBits = 8;  // few: for rows shorter than clearing 2048 bins
 constexpr uint32_t kNanKey = 0xffffffffu;
 
 // A product that is rounded: the compiler may not contract it with an addition.
@@ -99,38 +99,52 @@ struct Threshold {
   int64_t of_ties;  // so many of the keys equal to it, by lowest index
 };
 
+// Keys of [first, first + span] among N, packed into `kept`, which may be `keys`; returns how many.
+inline int64_t keys_between(const uint32_t* keys, int64_t N, uint32_t first, uint32_t span, uint32_t* kept) {
+  int64_t n = 0, count = 0;
+#if defined(__AVX512F__)
+  for (; n + 16 <= N; n += 16) {
+    const __m512i key = _mm512_loadu_si512(keys + n);
+    const unsigned inside = _mm512_cmple_epu32_mask(_mm512_sub_epi32(key, _mm512_set1_epi32(int(first))), _mm512_set1_epi32(int(span)));
+    const unsigned found = unsigned(__builtin_popcount(inside));
+    _mm512_mask_storeu_epi32(kept + count, __mmask16((1u << found) - 1), _mm512_maskz_compress_epi32(__mmask16(inside), key));
+    count += found;
+  }
+#endif
+  for (; n < N; ++n) {
+    const uint32_t key = keys[n];
+    kept[count] = key;
+    count += key - first <= span;
+  }
+  return count;
+}
+
 // The `wanted` largest of N keys, 1 <= wanted <= N. spare: N keys.
 inline Threshold threshold_of(const uint32_t* keys, int64_t N, int64_t wanted, uint32_t* spare) {
   uint32_t low = kNanKey, high = 0;
   for (int64_t n = 0; n < N; ++n) low = keys[n] < low ? keys[n] : low, high = keys[n] > high ? keys[n] : high;
+  uint32_t bins[2][kBins];  // two, so that equal keys in a row do not wait for each other
   while (low < high) {
-    int shift = 32 - __builtin_clz(high - low) - kBinBits;
-    if (shift < 0) shift = 0;
-    uint32_t bins[2][kBins] = {};  // two, so that equal keys in a row do not wait for each other
+    const int bits = N < 1024 ? kFewBinBits : kBinBits, length = 32 - __builtin_clz(high - low);
+    const int shift = length > bits ? length - bits : 0;
+    uint32_t bin = (high - low) >> shift;
+    for (auto& half : bins) __builtin_memset(half, 0, (bin + 1) * sizeof(uint32_t));
     const int64_t pairs = N & ~int64_t(1);
     for (int64_t n = 0; n < pairs; n += 2) ++bins[0][(keys[n] - low) >> shift], ++bins[1][(keys[n + 1] - low) >> shift];
     if (pairs < N) ++bins[0][(keys[pairs] - low) >> shift];
-    uint32_t bin = (high - low) >> shift;
     for (int64_t inside; (inside = int64_t(bins[0][bin]) + bins[1][bin]) < wanted; --bin) wanted -= inside;
-    const uint32_t first = low + (bin << shift), span = (1u << shift) - 1;
-    if (span == 0) return {first, wanted};
-    int64_t kept = 0;
-    uint32_t new_low = kNanKey, new_high = 0;
-    for (int64_t n = 0; n < N; ++n) {
-      const uint32_t key = keys[n];
-      const bool inside = key - first <= span;
-      spare[kept] = key;  // spare may be keys: kept <= n
-      kept += inside;
-      new_low = inside && key < new_low ? key : new_low;
-      new_high = inside && key > new_high ? key : new_high;
-    }
-    keys = spare, N = kept, low = new_low, high = new_high;
+    low += bin << shift;
+    const uint32_t span = (1u << shift) - 1;
+    if (span == 0) break;
+    N = keys_between(keys, N, low, span, spare);
+    keys = spare;
+    high = high - low < span ? high : low + span;
   }
   return {low, wanted};
 }
 
-// slots (in the place of the keys), ages and index of one row; returns the number of chosen tokens.
-inline int64_t write_choice(uint32_t* keys, int32_t* age, int32_t* index, int64_t N, Threshold threshold) {
+// slots (in the place of the keys), ages and index of one row, of which `count` tokens are chosen.
+inline void write_choice(uint32_t* keys, int32_t* age, int32_t* index, int64_t N, int64_t count, Threshold threshold) {
   int64_t n = 0, chosen = 0, ties = threshold.of_ties;
   int32_t* slots = reinterpret_cast<int32_t*>(keys);
 #if defined(__AVX512F__)
@@ -150,16 +164,15 @@ inline int64_t write_choice(uint32_t* keys, int32_t* age, int32_t* index, int64_
     chosen += found;
   }
 #endif
-  for (; n < N; ++n) {
-    const bool tie = keys[n] == threshold.key && ties > 0;
-    const bool taken = keys[n] > threshold.key || tie;
+  for (; n < N && chosen < count; ++n) {  // without branches: the place after the last chosen one is still free
+    const int32_t tie = int32_t(keys[n] == threshold.key) & int32_t(ties > 0), taken = int32_t(keys[n] > threshold.key) | tie;
     ties -= tie;
-    if (taken) index[chosen] = int32_t(n);
-    slots[n] = taken ? int32_t(chosen) : -1;
-    age[n] = taken ? 0 : age[n] + 1;
+    index[chosen] = int32_t(n);
+    slots[n] = ((int32_t(chosen) + 1) & -taken) - 1;
+    age[n] = (age[n] + 1) & (taken - 1);
     chosen += taken;
   }
-  return chosen;
+  for (; n < N; ++n) slots[n] = -1, ++age[n];
 }
 
 // Rows [begin, end). scratch: 3 * N words.
@@ -182,7 +195,7 @@ void select_rows(const SelectPlan& plan, int64_t begin, int64_t end, uint32_t* s
     uint32_t* keys = reinterpret_cast<uint32_t*>(plan.slots + r * N);
     int32_t* index = plan.index + r * plan.capacity;
     const int64_t wanted = plan.counts[r * plan.counts_stride];
-    Threshold threshold{kNanKey, 0};
+    Threshold threshold{kNanKey, 0};  // of nothing
     if (wanted > 0) {
       write_keys(plan, score, age, keys);
       if (plan.cell > 0) add_cell_bonus(plan, keys);
@@ -190,8 +203,8 @@ void select_rows(const SelectPlan& plan, int64_t begin, int64_t end, uint32_t* s
     } else {
       __builtin_memset(keys, 0, N * sizeof(uint32_t));
     }
-    int64_t chosen = write_choice(keys, age, index, N, threshold);
-    for (; chosen < plan.capacity; ++chosen) index[chosen] = -1;
+    write_choice(keys, age, index, N, wanted, threshold);
+    for (int64_t k = wanted; k < plan.capacity; ++k) index[k] = -1;
     if (age != own_age) {
       for (int64_t n = 0; n < N; ++n) own_age[n * plan.age_token] = age[n];
     }
