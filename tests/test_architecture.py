@@ -10,7 +10,7 @@ ROOT = Path(fastcache.__file__).parent
 # from the bottom up; a name stands for a module or a package
 LAYERS = (
     {"errors", "extras", "kernels"}, {"backends"}, {"ops"}, {"stream"}, {"features"}, {"drawing", "schedule"}, {"policies"}, {"hosts"},
-    {"deferred", "installation", "modulation", "report"}, {"trunk"}, {"session"}, {"environment", "metrics", "models", "verify"}, {"glyphs", "sampling"}, {"studies"}, {"cli"},
+    {"deferred", "index_check", "installation", "modulation", "report"}, {"trunk"}, {"session"}, {"environment", "metrics", "models", "verify"}, {"glyphs", "sampling"}, {"studies"}, {"cli"},
 )
 
 

@@ -48,6 +48,7 @@ class BackendStatus:
 LIBRARIES = library.register()
 
 from fastcache.backends import native  # noqa: E402  (needs the operators to be registered)
+from fastcache.backends.index_errors import take_index_errors as take_index_errors  # noqa: E402
 
 
 def status() -> dict[str, BackendStatus]:
@@ -141,7 +142,7 @@ def _first_that_agrees(device: torch.device) -> ModuleType:
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not selfcheck.possible()
 
 
 def _interpreted() -> bool:

@@ -20,6 +20,8 @@ from fastcache.kernels.residual_update import row_kernel, sum_kernel
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.uint8}
 
+FLAGS: dict[torch.device, Tensor] = {}  # sticky bits of bad indices; fastcache/backends/index_errors.py reads them
+
 
 def residual_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True) -> tuple[Tensor, Tensor, Tensor]:
     """`fastcache.backends.eager.residual_update`, one launch."""
@@ -59,13 +61,10 @@ def vector_view(vector: Tensor | None, x: Tensor, packed: bool = False) -> Vecto
 
 def error_flag(device: torch.device) -> Tensor:
     """[1] int32, set by kernels that met an index out of range; nothing is read or written there."""
-    return _flag(device)
-
-
-@functools.cache
-def _flag(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(1, dtype=torch.int32, device=device)
+    if device not in FLAGS:
+        with torch.inference_mode(False):
+            FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return FLAGS[device]
 
 
 def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x):
@@ -119,7 +118,13 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
 
 def address_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Device int64 table of (address, batch stride, token stride) per feature."""
-    return _kept_table(values or (0,), device)
+    table = _kept_table(values or (0,), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        CAPTURED[table.data_ptr()] = table
+    return table
+
+
+CAPTURED: dict[int, Tensor] = {}  # tables that a CUDA graph reads at every replay, kept for good
 
 
 @functools.lru_cache(maxsize=1024)
