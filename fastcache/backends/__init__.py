@@ -24,7 +24,7 @@ from types import ModuleType
 
 import torch
 
-from fastcache.backends import eager, library, selfcheck
+from fastcache.backends import eager, library, selfcheck, tuning
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,8 @@ def _checked(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
         raise BackendError(f"backend {name!r} was forced, but x is on {device}: it runs {', '.join(ORDER.get(device.type, ('eager',)))}")
     if dtype is torch.float64:
         raise BackendError(f"backend {name!r} was forced, but x is float64: only eager computes in float64")
+    if name == "cuda":
+        tuning.ready(device)
     return _module(name)
 
 
@@ -132,6 +134,7 @@ def _first_that_agrees(device: torch.device) -> ModuleType:
             continue
         if name == "eager" or _capturing():
             break  # nothing can be checked while a graph is captured, and nothing is remembered
+        tuning.ready(device)
         error = selfcheck.disagreement(_module(name), device)
         if not error:
             break

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcache.backends import checks
 from fastcache.backends.triton_config import row_config, sum_config
+from fastcache.backends.tuning import row_bucket, term_bucket, tuned
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,9 +92,10 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
         strides = lambda tensor: (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])  # noqa: E731
         gate_row = gates.stride(0) if gate_index is not None else 0
         gate_count = gates.shape[0] if gate_index is not None else 0
+        buckets = term_bucket(len(features)), row_bucket(B * N)
         with _on(x.device):
             if norm == 0 and reference is None and not slot_float8:
-                config = sum_config(B, N, D, len(features))
+                config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(B, N, D, len(features))
                 grid = (triton.cdiv(D, config.columns), triton.cdiv(N, config.rows), B)
                 sum_kernel[grid](
                     x, out, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(fresh), or_x(fresh_slots), error_flag(x.device),
@@ -102,7 +104,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
                     **shared, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages, num_warps=config.warps,
                 )
             else:
-                config = row_config(D)
+                config = tuned("triton.row", x.device, D, x.dtype, buckets[0], buckets[1]) or row_config(D)
                 shifted, scaled = vector_view(shift, x), vector_view(scale, x)
                 row_kernel[(N, B)](
                     x, out if need_x else x, h, partial, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(slot_scale), or_x(fresh), or_x(fresh_slots), or_x(shift), or_x(scale), or_x(norm_weight), or_x(norm_bias), or_x(row_slots), or_x(reference), error_flag(x.device),
