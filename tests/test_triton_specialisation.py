@@ -15,6 +15,8 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from cases import SCATTERS, UPDATES, Form, build  # noqa: E402
 from fastcache.backends import triton as backend  # noqa: E402
+from fastcache.backends.triton_config import SUM_CONFIGS  # noqa: E402
+from fastcache.backends.tuning import Key, only, row_bucket, term_bucket  # noqa: E402
 
 TARGET = make_backend(GPUTarget("cuda", 90, 32))
 CALLS = [(B, N, terms) for B in (1, 2, 3, 16) for N, terms in ((1, 1), (16, 2), (19, 3), (256, 17), (250, 56))]  # 1 and multiples of 16 are what Triton would compile in
@@ -69,6 +71,17 @@ def test_small_tables_may_start_anywhere(keys: dict[str, Keys]) -> None:
         shifted = {name: torch.cat([call.arguments[name].new_zeros(start), call.arguments[name]])[start:] for name in ("weights", "gate_index")}
         backend.residual_update(**(call.arguments | shifted))
     assert len(keys["sum_kernel"].found) == 1
+
+
+def test_the_tile_of_a_table_is_the_one_that_is_launched(keys: dict[str, Keys]) -> None:
+    form, tile = Form(batch=2, tokens=16, channels=64, terms=5), SUM_CONFIGS[5]
+    key = Key("triton.sum", "cpu", 64, "float32", term_bucket(5), row_bucket(32))
+    launch(form)
+    with only({key: tile}, torch.device("cpu")):
+        launch(form)
+    launch(form)
+    expected = (tile.rows, tile.columns, tile.stages, tile.warps)
+    assert expected in keys["sum_kernel"].tiles and len(keys["sum_kernel"].tiles) == 2
 
 
 @pytest.mark.parametrize("change", [{"channels": 80}, {"x": "float16", "feature": "float16", "vector": "float16"}, {"weights": True}, {"offset": 1}], ids=["width", "dtype", "form", "alignment"])

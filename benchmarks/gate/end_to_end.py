@@ -15,6 +15,7 @@ from benchmarks.gate.ways import INTERVAL, WAYS, Trajectory, Way, trajectory
 from benchmarks.graphed import launches
 from benchmarks.timing import Effort, Timing
 from fastcache import FORA, accelerate
+from fastcache.models import DiT
 from fastcache.models.dit import PRESETS, DiTConfig
 
 XL = PRESETS["DiT-XL/2"]
@@ -60,6 +61,8 @@ def end_to_end(stage: Stage) -> None:
     """Batch by batch, way by way, until the budget is spent."""
     device = torch.device("cpu" if stage.dry_run else "cuda")
     config, batches, steps, dtype = (TINY_MODEL, (1,), 4, torch.float32) if stage.dry_run else (MODEL, BATCHES, STEPS, torch.bfloat16)
+    if stage.dry_run:
+        check_real_model(stage)
     with torch.no_grad():
         bandwidth = measure_bandwidth(device, Effort(0.0, 1, 1) if stage.dry_run else BRIEF, 1 if stage.dry_run else 8)
         stage.put(device=str(device) if stage.dry_run else torch.cuda.get_device_name(device), model="DiT-XL/2 256 px, bf16, random weights", num_steps=steps, policy=f"FORA(interval={INTERVAL})", ways=[], graphs=[], absent=[], clocks=[])
@@ -79,6 +82,21 @@ def end_to_end(stage: Stage) -> None:
     wrong = [one["way"] for one in stage.results.stage("end_to_end")["absent"] if "differs" in one["reason"]]
     if wrong:
         raise Failed(f"outputs differ from those of the way that they must reproduce: {', '.join(wrong)}")
+
+
+def check_real_model(stage: Stage) -> None:
+    """The real model at every batch, with tensors that have shapes and no memory."""
+    parameters = None
+    for batch in BATCHES:
+        with torch.device("meta"), torch.no_grad():
+            model = DiT.from_config(MODEL).to(torch.bfloat16)
+            rows, side = 2 * batch, MODEL.input_size
+            output = model.forward_with_cfg(torch.empty(rows, MODEL.in_channels, side, side, dtype=torch.bfloat16), torch.empty(rows), torch.empty(rows, dtype=torch.long), 4.0)
+            if output.shape != (rows, MODEL.out_channels, side, side):
+                raise Failed(f"DiT-XL/2 at batch {batch} gives {list(output.shape)}")
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+    stage.put(parameters=parameters, batches=list(BATCHES))
+    stage.say(f"DiT-XL/2 with {parameters / 1e6:.0f} M parameters takes batches {', '.join(map(str, BATCHES))}")
 
 
 def one(stage: Stage, run_: Trajectory, batch: int, way: Way, outputs: dict[str, Tensor]) -> None:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -144,11 +145,42 @@ def read_table(cuda: CudaKernels | None) -> dict[Key, Config]:
     return decoded(table, source, cuda)
 
 
-@functools.cache
 def table() -> Mapping[Key, Config]:
     """The table of this process, read once."""
+    return _REPLACED[-1] if _REPLACED else _own_table()
+
+
+@functools.cache
+def _own_table() -> Mapping[Key, Config]:
     library = loaded_cuda()
     return read_table(None if library is None else CudaKernels(library))
+
+
+@contextmanager
+def only(entries: Mapping[Key, Config], device: torch.device) -> Iterator[None]:
+    """Use these entries and no others on `device` while this lasts; for the tuner, which measures one after the other.
+
+    It acts on the whole process. Raises ValueError if a CUDA entry is not legal.
+    """
+    _REPLACED.append(dict(entries))
+    try:
+        _hand_over(device)
+        yield
+    finally:
+        _REPLACED.pop()
+        _hand_over(device)
+
+
+_REPLACED: list[dict[Key, Config]] = []  # tables that `only` puts in the place of the process's own
+
+
+def _hand_over(device: torch.device) -> None:
+    tuned.cache_clear()
+    ready.cache_clear()
+    library = loaded_cuda()
+    if library is not None:
+        CudaKernels(library).forget()
+    ready(device)
 
 
 @functools.lru_cache(maxsize=4096)
