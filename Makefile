@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 # test processes, of one thread each: more threads than cores only wait for each other
 WORKERS ?= 2
 
-.PHONY: env demo quality test bench doctor train clean
+.PHONY: env demo quality test bench report doctor train clean
 
 env: $(VENV)/built
 
@@ -39,6 +39,10 @@ test: env
 
 bench: env
 	$(BIN)/python -m benchmarks.run --out out/bench
+
+# tables and rooflines of the GPU runs that are committed under benchmarks/results
+report: env
+	$(BIN)/python -m benchmarks.gate.report --out out/report
 
 doctor: env
 	$(BIN)/fastcache doctor --verify

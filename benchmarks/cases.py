@@ -25,6 +25,8 @@ class Form(str, enum.Enum):
     FORECAST_2 = "forecast-2"
     FORECAST_4 = "forecast-4"
     ERRORS = "errors"
+    UPDATE_MODULATE_RMS = "update-modulate-rms"
+    MODULATE_RMS = "modulate-rms"
 
     @property
     def meaning(self) -> str:
@@ -35,6 +37,11 @@ class Form(str, enum.Enum):
     def order(self) -> int:
         """Order of a forecast; its terms are order + 1."""
         return {Form.FORECAST_2: 2, Form.FORECAST_4: 4}[self]
+
+    @property
+    def rms(self) -> bool:
+        """True for the forms that only kernels of other projects on a GPU are compared in."""
+        return self in (Form.UPDATE_MODULATE_RMS, Form.MODULATE_RMS)
 
     @property
     def forecasts(self) -> bool:
@@ -57,6 +64,8 @@ MEANINGS = {
     Form.FORECAST_2: "x + g * sum_k w_k F_k, order 2 (three features)",
     Form.FORECAST_4: "x + g * sum_k w_k F_k, order 4 (five features)",
     Form.ERRORS: "sums of |F - R|, |F| and |R| per sample",
+    Form.UPDATE_MODULATE_RMS: "x' = x + g * F and h = RMSNorm(x') * (1 + scale) + shift",
+    Form.MODULATE_RMS: "h = RMSNorm(x) * (1 + scale) + shift",
 }
 SINGLE_UPDATES = (Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
 
@@ -71,7 +80,7 @@ class Size:
     channels: int
     terms: int
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    forms: tuple[Form, ...] = tuple(Form)
+    forms: tuple[Form, ...] = tuple(form for form in Form if not form.rms)
 
     @property
     def elements(self) -> int:
@@ -155,6 +164,7 @@ class Case:
             refresh          (3 + 2 r) U + 3 V + 8 B N     x, slot or fresh, x'; slot rows and h rows written; two slot maps
             forecast-m       (m + 3) U + V + 4 (m + 1)     x, m + 1 features, x'; gate; weights
             errors           2 U + 12 B                    F, R; three fp32 sums per sample
+            ...-rms          as with LayerNorm
         """
         found, size = traffic(self), self.size
         elements = found.tensors * size.elements + found.rows * size.batch * size.rows * size.channels + found.vectors * size.batch * size.channels
@@ -174,6 +184,8 @@ def traffic(case: Case) -> Traffic:
         Form.FORECAST_2: Traffic(J + 2, vectors=1, words=J),
         Form.FORECAST_4: Traffic(J + 2, vectors=1, words=J),
         Form.ERRORS: Traffic(2, words=3 * size.batch),
+        Form.UPDATE_MODULATE_RMS: Traffic(4, vectors=3),
+        Form.MODULATE_RMS: Traffic(2, vectors=2),
     }[case.form]
 
 

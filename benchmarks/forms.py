@@ -8,7 +8,7 @@ from benchmarks.cases import Case
 from benchmarks.correctness import Reference
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.machine import free_bytes, last_level_cache_bytes
-from benchmarks.providers import Call, Provider, binder
+from benchmarks.providers import Binder, Call, Provider, binder
 from benchmarks.timing import Effort, Timing, measure
 
 MAX_COPIES = 64
@@ -86,16 +86,19 @@ class Prepared:
 
     def bound(self, provider: Provider, inductor: str = "inductor") -> tuple[list[Call], float]:
         """(the call on every buffer, its error). Raises WrongValues, or NotMeasured if the contender cannot run here."""
-        bind = binder(provider, self.case.form, inductor)
+        return self.bound_by(provider.value, binder(provider, self.case.form, inductor), may_fail=provider is Provider.COMPILED)
+
+    def bound_by(self, name: str, bind: Binder, *, may_fail: bool) -> tuple[list[Call], float]:
+        """The same for any binder. may_fail: an error of the first call means that it cannot run here."""
         try:
             calls = [bind(inputs) for inputs in self.buffers]
-            if provider is Provider.COMPILED:
+            if may_fail:
                 calls[0]()
         except Exception as failure:
-            if provider is not Provider.COMPILED:
+            if not may_fail:
                 raise
             raise NotMeasured(compile_failure(failure)) from failure
-        return calls, self._reference.check(provider.value, calls[0])
+        return calls, self._reference.check(name, calls[0])
 
 
 def input_bytes(case: Case) -> int:

@@ -61,6 +61,25 @@ def best_update_modulate(x: Tensor, feature: Tensor, gate: Tensor, shift: Tensor
     return (x, *best_modulate(x, shift, scale))
 
 
+def naive_modulate_rms(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+    return (F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None],)
+
+
+def best_modulate_rms(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+    """As `best_modulate`; RMSNorm has a weight and no bias, so it is always two launches."""
+    return (torch.addcmul(shift[:, None], F.rms_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None]),)
+
+
+def naive_update_modulate_rms(x: Tensor, feature: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+    (x,) = naive_update(x, feature, gate)
+    return (x, *naive_modulate_rms(x, shift, scale))
+
+
+def best_update_modulate_rms(x: Tensor, feature: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+    (x,) = best_update(x, feature, gate)
+    return (x, *best_modulate_rms(x, shift, scale))
+
+
 def naive_store(x: Tensor, slot: Tensor, fresh: Tensor, gate: Tensor) -> Outputs:
     slot.copy_(fresh)
     return naive_update(x, fresh, gate)
@@ -134,5 +153,7 @@ HOST_SEQUENCES = {
     Form.REFRESH: HostSequence(lambda i: (i.x, i.slot, i.fresh, i.fresh_index, i.row_index, i.gate, i.shift, i.scale), naive_refresh, best_refresh),
     Form.FORECAST_2: _FORECAST,
     Form.FORECAST_4: _FORECAST,
+    Form.UPDATE_MODULATE_RMS: HostSequence(lambda i: (i.x, i.features[0], i.gate, i.shift, i.scale), naive_update_modulate_rms, best_update_modulate_rms),
+    Form.MODULATE_RMS: HostSequence(lambda i: (i.x, i.shift, i.scale), naive_modulate_rms, best_modulate_rms),
     Form.ERRORS: HostSequence(lambda i: (i.features[0], i.reference), naive_errors, best_errors),
 }

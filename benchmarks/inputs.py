@@ -90,7 +90,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         maps = {"fresh_slots": slot_map(fresh_index, size.tokens).slots, "row_slots": slot_map(row_index, size.tokens).slots}
         fresh = source.tensor()[:, : size.rows].contiguous()
         return replace(inputs, slot=source.tensor(), fresh=fresh, fresh_index=fresh_index, row_index=row_index, **maps)
-    if case.form is Form.MODULATE:
+    if case.form in (Form.MODULATE, Form.MODULATE_RMS):
         return inputs
     inputs = replace(inputs, features=tuple(source.tensor() for _ in range(J)))
     if case.form.forecasts:

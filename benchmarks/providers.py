@@ -63,12 +63,12 @@ def _update(i: Inputs) -> Callable[[], ResidualUpdate]:
     return partial(residual_update, i.x, i.features[0], i.gate)
 
 
-def _update_modulate(i: Inputs) -> Callable[[], ResidualUpdate]:
-    return partial(residual_update, i.x, i.features[0], i.gate, norm=Norm.LAYER, shift=i.shift, scale=i.scale)
+def _update_modulate(i: Inputs, norm: Norm = Norm.LAYER) -> Callable[[], ResidualUpdate]:
+    return partial(residual_update, i.x, i.features[0], i.gate, norm=norm, shift=i.shift, scale=i.scale)
 
 
-def _modulate(i: Inputs) -> Callable[[], ResidualUpdate]:
-    return partial(residual_update, i.x, (), norm=Norm.LAYER, shift=i.shift, scale=i.scale, need_x=False)
+def _modulate(i: Inputs, norm: Norm = Norm.LAYER) -> Callable[[], ResidualUpdate]:
+    return partial(residual_update, i.x, (), norm=norm, shift=i.shift, scale=i.scale, need_x=False)
 
 
 def _store(i: Inputs) -> Callable[[], ResidualUpdate]:
@@ -98,4 +98,6 @@ OURS: dict[Form, Binder] = {
     Form.FORECAST_2: _forecast,
     Form.FORECAST_4: _forecast,
     Form.ERRORS: _errors,
+    Form.UPDATE_MODULATE_RMS: partial(_update_modulate, norm=Norm.RMS),
+    Form.MODULATE_RMS: partial(_modulate, norm=Norm.RMS),
 }

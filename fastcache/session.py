@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastcache import backends
 from fastcache.errors import ScheduleError, SessionError
 from fastcache.hosts import Host, recognise
+from fastcache.index_check import raise_index_errors
 from fastcache.installation import Installation, installed_in
 from fastcache.modulation import ModulationTable, build_table, checked_timesteps
 from fastcache.policies import Policy
@@ -135,6 +136,7 @@ class Session:
             self._restore()
         finally:
             self.reset()
+        raise_index_errors(self.host.model, error)
         if kind is None and (step or call):
             halves = " (the first two calls had equal t and were taken for the halves of CFG; if they were two steps, pass calls_per_step=1)" if found and self._calls_per_step == 2 else ""
             raise SessionError(f"num_steps: the last generation ended after {step} of {self._schedule.num_steps} steps{halves}, so it did not follow the plan; pass num_steps={step} (model evaluations, not scheduler steps), or call session.reset() if you stopped on purpose")

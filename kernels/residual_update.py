@@ -18,6 +18,11 @@ import triton.language as tl
 BAD_GATE = tl.constexpr(1)  # bits of the sticky error flag
 BAD_SLOT = tl.constexpr(2)
 
+# Run-time numbers change from call to call and must not be compiled in (a 1, or a multiple of 16, would
+# be); small tables are read one number at a time, wherever they start. What is left are D, dtypes and forms.
+NUMBERS = ("N", "terms", "position", "frame_tokens", "gate_count", "fresh_count", "row_count", "x_batch", "x_token", "gate_row", "gate_batch", "gate_frame", "slot_batch", "slot_token", "fresh_batch", "fresh_token", "held_batch", "held_token", "shift_batch", "shift_frame", "shift_tokens", "scale_batch", "scale_frame", "scale_tokens", "reference_batch", "reference_token")
+TABLES = ("table", "gate_index", "weights", "scales", "slot_scale", "fresh_slots", "row_slots", "flag", "errors")
+
 
 @triton.jit
 def _from_float8(bits):
@@ -58,16 +63,17 @@ def _coefficient(gates, gate_index, weights, j, b, frame, columns, inside, gate_
         row = tl.zeros([], tl.int32)
         if PACKED:
             row = tl.load(gate_index + j)
-            tl.atomic_or(flag, BAD_GATE, mask=(row >= gate_count) | (row < -1))
-            row = tl.where(row >= gate_count, -1, row)
+            bad = (row >= gate_count) | (row < -1)
+            tl.atomic_or(flag, BAD_GATE, mask=bad)
+            row = tl.where(bad, -1, row)
         start = gates + tl.maximum(row, 0).to(tl.int64) * gate_row * UNIT + b * gate_batch * UNIT
         start = tl.multiple_of(start, ALIGN)
         if GATE == 1:
             coefficient = tl.load(start + columns[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
         else:
-            coefficient = tl.load(start + frame[:, None] * (gate_frame * UNIT) + columns[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            coefficient = tl.load(start + frame[:, None] * gate_frame * UNIT + columns[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
         if PACKED:
-            coefficient = tl.where(row >= 0, coefficient, 1.0)
+            coefficient = tl.where(row >= 0, coefficient, tl.where(bad, float("nan"), 1.0))
     if WEIGHTED:
         coefficient = coefficient * tl.load(weights + j)
     return coefficient
@@ -82,7 +88,7 @@ def _feature(table, j, b, tokens, columns, mask, F: tl.constexpr, FLOAT8: tl.con
     return _widened(tl.load(start + tokens[:, None] * stride + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first"), FLOAT8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=TABLES)
 def sum_kernel(
     x, out, table, gates, gate_index, weights, scales, slot, fresh, fresh_slots, flag,
     N, terms, position, frame_tokens, gate_count, fresh_count,
@@ -98,14 +104,14 @@ def sum_kernel(
     mask = (tokens < N)[:, None] & inside[None, :]
     frame = tl.minimum(tokens, N - 1) // frame_tokens
     start = tl.multiple_of(x + b * x_batch * UNIT, ALIGN)
-    total = tl.load(start + tokens[:, None] * (x_token * UNIT) + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(start + tokens[:, None] * x_token * UNIT + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     for j in tl.range(0, position, num_stages=STAGES):
         value = _feature(table, j, b, tokens, columns, mask, F, FLOAT8, ALIGN, UNIT)
         if SCALED:
             value = value * tl.load(scales + (j * tl.num_programs(2) + b) * N + tokens, mask=tokens < N, other=0.0)[:, None]
         total += _coefficient(gates, gate_index, weights, j, b, frame, columns, inside, gate_row, gate_batch, gate_frame, gate_count, flag, GATE, PACKED, WEIGHTED, ALIGN, UNIT) * value
     if SLOT:
-        old = tl.multiple_of(slot + b * slot_batch * UNIT, ALIGN) + tokens[:, None] * (slot_token * UNIT) + columns[None, :]
+        old = tl.multiple_of(slot + b * slot_batch * UNIT, ALIGN) + tokens[:, None] * slot_token * UNIT + columns[None, :]
         source = tokens
         if MAPPED:
             source = tl.load(fresh_slots + b * N + tokens, mask=tokens < N, other=-1).to(tl.int64)
@@ -113,7 +119,7 @@ def sum_kernel(
             tl.atomic_or(flag, BAD_SLOT, mask=tl.max(bad.to(tl.int32), 0) > 0)
             source = tl.where(bad, -1, source)
         taken = (source >= 0)[:, None]
-        new = tl.load(tl.multiple_of(fresh + b * fresh_batch * UNIT, ALIGN) + tl.maximum(source, 0)[:, None] * (fresh_token * UNIT) + columns[None, :], mask=mask & taken, other=0.0)
+        new = tl.load(tl.multiple_of(fresh + b * fresh_batch * UNIT, ALIGN) + tl.maximum(source, 0)[:, None] * fresh_token * UNIT + columns[None, :], mask=mask & taken, other=0.0)
         new = new.to(slot.dtype.element_ty)
         kept = tl.load(old, mask=mask & (taken == 0), other=0.0)
         tl.store(old, new, mask=mask & taken)
@@ -138,7 +144,7 @@ def _modulator(vector, b, frame, columns, mask, batch, stride, MODE: tl.constexp
     return tl.load(start + columns[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=TABLES)
 def row_kernel(
     x, out, h, errors, table, gates, gate_index, weights, scales, slot, slot_scale, fresh, fresh_slots, shift, scale, norm_weight, norm_bias, row_slots, reference, flag,
     N, terms, position, frame_tokens, gate_count, fresh_count, row_count, eps,
@@ -158,7 +164,7 @@ def row_kernel(
     frame = tokens // frame_tokens
     newest = tl.zeros([1, COLUMNS], tl.float32)
     start = tl.multiple_of(x + b * x_batch * UNIT, ALIGN)
-    total = tl.load(start + tokens[:, None] * (x_token * UNIT) + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(start + tokens[:, None] * x_token * UNIT + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     for j in tl.range(0, position, num_stages=STAGES):
         value = _feature(table, j, b, tokens, columns, mask, F, FLOAT8, ALIGN, UNIT)
         if SCALED:
@@ -166,7 +172,7 @@ def row_kernel(
         total += _coefficient(gates, gate_index, weights, j, b, frame, columns, inside, gate_row, gate_batch, gate_frame, gate_count, flag, GATE, PACKED, WEIGHTED, ALIGN, UNIT) * value
         newest = value
     if SLOT:
-        old = tl.multiple_of(slot + b * slot_batch * UNIT, ALIGN) + tokens[:, None] * (slot_token * UNIT) + columns[None, :]
+        old = tl.multiple_of(slot + b * slot_batch * UNIT, ALIGN) + tokens[:, None] * slot_token * UNIT + columns[None, :]
         source = tokens
         if MAPPED:
             source = tl.load(fresh_slots + b * N + tokens).to(tl.int64)
@@ -174,7 +180,7 @@ def row_kernel(
             tl.atomic_or(flag, BAD_SLOT, mask=tl.max(bad.to(tl.int32), 0) > 0)
             source = tl.where(bad, -1, source)
         taken = (source >= 0)[:, None]
-        new = tl.load(tl.multiple_of(fresh + b * fresh_batch * UNIT, ALIGN) + tl.maximum(source, 0)[:, None] * (fresh_token * UNIT) + columns[None, :], mask=mask & taken, other=0.0)
+        new = tl.load(tl.multiple_of(fresh + b * fresh_batch * UNIT, ALIGN) + tl.maximum(source, 0)[:, None] * fresh_token * UNIT + columns[None, :], mask=mask & taken, other=0.0)
         if SLOT_FLOAT8:
             largest = tl.max(tl.abs(new.to(tl.float32)), 1)
             row_scale = tl.where(largest > 0, largest / 448.0, 1.0)

@@ -21,7 +21,7 @@ from fastcache.ops import ResidualUpdate
 from processes import ROOT
 
 EMULATOR = ROOT / "tests" / "emulator"
-SHARED = ("csrc/arguments.cpp", "csrc/checks.cpp", "csrc/overlap.cpp", "csrc/cuda/residual_update.cpp", "csrc/cuda/parameters.cpp", "tests/emulator/runtime.cpp", "csrc/cuda/errors.cu")
+SHARED = ("csrc/arguments.cpp", "csrc/checks.cpp", "csrc/overlap.cpp", "csrc/cuda/residual_update.cpp", "csrc/cuda/parameters.cpp", "csrc/cuda/tuning.cpp", "tests/emulator/runtime.cpp", "csrc/cuda/errors.cu")
 TYPES = ("float32", "float16", "bfloat16")
 TORCH = Path(torch.__file__).parent
 

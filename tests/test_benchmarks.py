@@ -44,6 +44,8 @@ TINY_BYTES = {
     Form.FORECAST_2: 30_988,
     Form.FORECAST_4: 43_284,
     Form.ERRORS: 12_312,
+    Form.UPDATE_MODULATE_RMS: 25_344,
+    Form.MODULATE_RMS: 12_800,
 }
 
 

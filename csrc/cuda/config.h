@@ -13,6 +13,8 @@ struct SumConfig {
   int width, rows;
 };
 
+constexpr int kSumRows[] = {1, 2, 4};  // of a thread that reads 16 bytes at once
+
 // row_kernel: threads of a row, column runs of a thread, columns of a run.
 struct RowConfig {
   int threads, vectors, width;

@@ -8,6 +8,7 @@
 #include "fastcache/cuda/sum.cuh"
 #include "launch.h"
 #include "runtime.h"
+#include "tuning.h"
 
 namespace fastcache::cuda {
 
@@ -42,9 +43,10 @@ void launch_sum_kernel(const Call& call) {
 template <Type X, bool same, int capacity>
 void launch_sum_sized(const Call& call) {
   constexpr int wide = full_width(X);
-  const SumConfig config = sum_config(call.common, call.width, call.multiprocessors);
+  const SumConfig config = chosen_sum_config(call);
   if (config.width == 1) return launch_sum_kernel<X, same, 1, 4, capacity>(call);
   if (config.rows == 4) return launch_sum_kernel<X, same, wide, 4, capacity>(call);
+  if (config.rows == 2) return launch_sum_kernel<X, same, wide, 2, capacity>(call);
   launch_sum_kernel<X, same, wide, 1, capacity>(call);
 }
 
@@ -74,7 +76,7 @@ void launch_rows_sized(const Call& call, RowConfig chosen) {
 
 template <Type X, int capacity>
 void launch_rows_sized(const Call& call) {
-  launch_rows_sized<X, capacity, 0>(call, row_config<X, capacity>(call.common.D, call.width));
+  launch_rows_sized<X, capacity, 0>(call, chosen_row_config<X, capacity>(call));
 }
 
 template <Type X>

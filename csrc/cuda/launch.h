@@ -11,6 +11,7 @@ struct Call {
   const TokenRows* features;
   int32_t feature_count;
   int width;            // columns that can be read at once in all tensors
+  int32_t device;
   int multiprocessors;
   void* stream;
 };

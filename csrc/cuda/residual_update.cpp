@@ -85,6 +85,7 @@ void run(const Arguments& a, Outputs& outputs) {
     for (int64_t j = 0; j < a.feature_count; ++j) features[j] = cuda::token_rows(a.features[j]);
     call.features = features.get(), call.feature_count = static_cast<int32_t>(a.feature_count);
     call.width = cuda::width_of(a);
+    call.device = a.x.device_index;
     call.multiprocessors = cuda::multiprocessors(a.x.device_index);
     launch_update(call, rows);
   }

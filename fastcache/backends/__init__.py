@@ -25,7 +25,7 @@ from types import ModuleType
 
 import torch
 
-from fastcache.backends import eager, library, selfcheck
+from fastcache.backends import eager, library, selfcheck, tuning
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class BackendStatus:
 LIBRARIES = library.register()
 
 from fastcache.backends import native  # noqa: E402  (needs the operators to be registered)
+from fastcache.backends.index_errors import take_index_errors as take_index_errors  # noqa: E402
 
 
 def status() -> dict[str, BackendStatus]:
@@ -115,6 +116,8 @@ def _forced_or_next(name: str, device: torch.device, dtype: torch.dtype, operato
     if dtype is torch.float64:
         raise BackendError(f"backend {name!r} was forced, but x is float64: only eager computes in float64")
     if operator in IMPLEMENTS[name]:
+        if name == "cuda":
+            tuning.ready(device)
         return _module(name)
     return next(_module(other) for other in order if other != name and _STATUS[other].available and operator in IMPLEMENTS[other])
 
@@ -141,6 +144,7 @@ def _agrees(name: str, device: torch.device) -> bool:
         return name == "eager" or _AGREED[name, device]
     if _capturing():
         return True  # nothing can be checked while a graph is captured, and nothing is remembered
+    tuning.ready(device)
     error = selfcheck.disagreement(_module(name), device)
     if error:
         logger.warning("backend %s disagrees with eager on %s and will not be used: %s", name, device, error)
@@ -149,7 +153,7 @@ def _agrees(name: str, device: torch.device) -> bool:
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not selfcheck.possible()
 
 
 def _interpreted() -> bool:

@@ -1,13 +1,54 @@
-"""A GPU backend proves itself once per process and device before it is used."""
+"""A GPU backend proves itself once per process and device before it is used.
+
+The check launches kernels, waits for them and compares values, so it must not be seen by what the
+caller is doing: never inside a graph capture or a trace (`possible`), and not by modes that count,
+record or fake the caller's operators (`_undisturbed`).
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastcache.backends import eager
 
+TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def possible() -> bool:
+    """False while a CUDA graph is captured, or while a tracer or fake tensors stand for values."""
+    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(key) is not None for key in TRACERS):
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
 
 def disagreement(backend: ModuleType, device: torch.device) -> str:
-    """Run small cases of both operators on `backend` and on eager; what differs, or "" if nothing does."""
+    """Run small cases of both operators on `backend` and on eager; what differs, or "" if nothing does.
+
+    Raises RuntimeError where the check is not possible.
+    """
+    if not possible():
+        raise RuntimeError("selfcheck: a backend cannot be checked inside a CUDA graph capture or a trace; call an operator once before it")
+    with _undisturbed(device):
+        return _disagreement(backend, device)
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Outside of the caller's dispatch modes, default device, autocast and ban on synchronisation."""
+    strict = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    try:
+        if strict:
+            torch.cuda.set_sync_debug_mode(0)
+        with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False), torch.device("cpu"):
+            yield
+    finally:
+        if strict:
+            torch.cuda.set_sync_debug_mode(strict)
+
+
+def _disagreement(backend: ModuleType, device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=generator).to(device, torch.float32)  # noqa: E731
     B, N, D, K = 2, 19, 136, 5

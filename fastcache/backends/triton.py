@@ -15,10 +15,13 @@ from torch import Tensor
 
 from fastcache.backends import checks
 from fastcache.backends.triton_config import row_config, sum_config
+from fastcache.backends.tuning import row_bucket, term_bucket, tuned
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.uint8}
+
+FLAGS: dict[torch.device, Tensor] = {}  # sticky bits of bad indices; fastcache/backends/index_errors.py reads them
 
 
 def residual_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,13 +62,10 @@ def vector_view(vector: Tensor | None, x: Tensor, packed: bool = False) -> Vecto
 
 def error_flag(device: torch.device) -> Tensor:
     """[1] int32, set by kernels that met an index out of range; nothing is read or written there."""
-    return _flag(device)
-
-
-@functools.cache
-def _flag(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(1, dtype=torch.int32, device=device)
+    if device not in FLAGS:
+        with torch.inference_mode(False):
+            FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return FLAGS[device]
 
 
 def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x):
@@ -92,9 +92,10 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
         strides = lambda tensor: (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])  # noqa: E731
         gate_row = gates.stride(0) if gate_index is not None else 0
         gate_count = gates.shape[0] if gate_index is not None else 0
+        buckets = term_bucket(len(features)), row_bucket(B * N)
         with _on(x.device):
             if norm == 0 and reference is None and not slot_float8:
-                config = sum_config(B, N, D, len(features))
+                config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(B, N, D, len(features))
                 grid = (triton.cdiv(D, config.columns), triton.cdiv(N, config.rows), B)
                 sum_kernel[grid](
                     x, out, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(fresh), or_x(fresh_slots), error_flag(x.device),
@@ -103,7 +104,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
                     **shared, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages, num_warps=config.warps,
                 )
             else:
-                config = row_config(D)
+                config = tuned("triton.row", x.device, D, x.dtype, buckets[0], buckets[1]) or row_config(D)
                 shifted, scaled = vector_view(shift, x), vector_view(scale, x)
                 row_kernel[(N, B)](
                     x, out if need_x else x, h, partial, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(slot_scale), or_x(fresh), or_x(fresh_slots), or_x(shift), or_x(scale), or_x(norm_weight), or_x(norm_bias), or_x(row_slots), or_x(reference), error_flag(x.device),
@@ -119,7 +120,13 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
 
 def address_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Device int64 table of (address, batch stride, token stride) per feature."""
-    return _kept_table(values or (0,), device)
+    table = _kept_table(values or (0,), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        CAPTURED[table.data_ptr()] = table
+    return table
+
+
+CAPTURED: dict[int, Tensor] = {}  # tables that a CUDA graph reads at every replay, kept for good
 
 
 @functools.lru_cache(maxsize=1024)

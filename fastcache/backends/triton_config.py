@@ -1,4 +1,8 @@
-"""Launch configurations of the Triton kernels: the legal set and the heuristic, apart from the kernels."""
+"""Launch configurations of the Triton kernels: the legal set and the heuristic, apart from the kernels.
+
+`tuning.py` looks for a measured configuration first. Both kernels compile once per configuration, so
+the heuristics choose among few.
+"""
 from dataclasses import dataclass
 
 SUM_COLUMNS = 128  # one fp32 tile column per lane quad: 256-byte row segments in bf16
@@ -34,6 +38,17 @@ SUM_CONFIGS = tuple(
     for rows, warps, depths in ((2, 1, (1, 3, 4)), (4, 2, (3, 4)), (8, 4, (3, 4)), (16, 4, (1, 3, 4)), (16, 8, (1, 3, 4)))
     for stages in depths
 )
+
+
+def legal_sum_configs() -> tuple[SumConfig, ...]:
+    """What the tuner may choose among."""
+    return SUM_CONFIGS
+
+
+def legal_row_configs(D: int) -> tuple[RowConfig, ...]:
+    """The power of two that covers D, over warps that give a thread 4 to 64 elements."""
+    columns = row_config(D).columns
+    return tuple(RowConfig(columns, warps, 1) for warps in (1, 2, 4, 8, 16) if 4 <= columns // (32 * warps) <= 64 or warps == row_config(D).warps)
 
 
 def sum_config(B: int, N: int, D: int, terms: int) -> SumConfig:

@@ -70,5 +70,8 @@ def _verified(console: Console) -> bool:
             table.add_row(form, *(f"[{'green' if row[c].passed else 'red'}]{row[c].error or f'{row[c].ratio:.2f}'}[/]" for c in columns))
         failures += sum(not verdict.passed for verdict in verdicts)
         console.print(table)
+        met = backends.take_index_errors(device)
+        failures += bool(met)
+        console.print(f"indices out of range that kernels met on {device}: {met or 'none'}")
     console.print("every check passed" if not failures else f"[red]{failures} checks failed[/]")
     return not failures

@@ -58,7 +58,7 @@ def residual_update(
         features: one or up to 1,024 tensors [B, N, D] of one dtype (float8_e4m3fn with `scales`).
         gates: one vector for all terms ([D], [B, D], [B, 1, D], [B, F, D] per frame or [B, N, D]
             per token, any strides but 1 in D), or packed [G, *vector] with `gate_index`.
-        gate_index: [J] int32, row of `gates` per term, -1 = no gate.
+        gate_index: [J] int32, row of `gates` per term, -1 = no gate. Bad rows: see below.
         weights: [J] float32, a factor per term (forecasts).
         scales: [J, B, N] float32, row scales of compressed features.
         norm, eps: Norm.LAYER, RMS or IDENTITY asks for h.
@@ -68,7 +68,9 @@ def residual_update(
         need_x: False if only h or errors are wanted.
 
     Raises ValueError, TypeError, IndexError or RuntimeError naming the argument; RuntimeError if
-    an input requires grad in grad mode. Source: adaLN-Zero blocks (DiT) and their caching methods.
+    an input requires grad in grad mode. A GPU cannot raise for an index out of range: a gate that does
+    not exist counts as NaN, a slot that does not exist as -1, memory outside is never touched, and
+    `fastcache.backends.take_index_errors(device)` names the argument. Source: adaLN-Zero blocks (DiT) and their caching methods.
     """
     features = [features] if isinstance(features, Tensor) else list(features)
     args = (x, features, gates, gate_index, weights, scales, int(norm), shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)

@@ -32,6 +32,12 @@ void check_launch() {}
 
 FASTCACHE_EXPORT void emulator_seed(unsigned value) { emulator::seed(value); }
 
+// Thread blocks and threads of the last launch.
+FASTCACHE_EXPORT void emulator_last_launch(int64_t* out) {
+  out[0] = int64_t{emulator::grid_size_.x} * emulator::grid_size_.y * emulator::grid_size_.z;
+  out[1] = emulator::block_size_.x;
+}
+
 FASTCACHE_EXPORT void emulator_multiprocessors(int count) { processors = count; }
 
 }  // namespace fastcache::cuda

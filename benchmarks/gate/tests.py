@@ -1,0 +1,62 @@
+"""Stage `tests`: `pytest -m gpu tests/gpu`, counted test by test."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gate.stage import Failed, Stage, run
+
+ROOT = Path(__file__).resolve().parents[2]
+PROCESSES = 6  # compile Triton kernels side by side; the GPU is shared
+EVERY = 10  # tests between two writes of the results
+
+
+class Progress:
+    """A pytest plugin that keeps the results up to date."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._seen = stage, 0
+        self.collected = 0
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.reasons: dict[str, int] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected = max(self.collected, len(session.items))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.outcome] += 1
+            if report.outcome == "failed":
+                self._stage.add("failures", {"test": report.nodeid, "error": str(report.longrepr).strip().splitlines()[-1][:400]})
+            if report.outcome == "skipped":
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+                self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self._seen += 1
+        if self._seen % EVERY == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is known."""
+        self._stage.put(counts=self.counts, skipped=self.reasons)
+
+
+def tests(stage: Stage) -> None:
+    """Run the tests; on a dry run they are collected and skip themselves where there is no GPU."""
+    progress = Progress(stage)
+    parallel = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") and not stage.dry_run else []
+    # benchmark and random-order plugins of the environment have no part in this
+    code = pytest.main(["-m", "gpu", str(ROOT / "tests" / "gpu"), "-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--tb=short", *parallel], plugins=[progress])
+    progress.save()
+    counts = progress.counts
+    stage.put(exit_status=int(code))
+    stage.say(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    if code != 0 or counts["failed"]:
+        raise Failed(f"{counts['failed']} tests failed (pytest ended with status {int(code)})")
+    if stage.dry_run and not sum(counts.values()):
+        raise Failed("no test was collected by `-m gpu`")
+    if not stage.dry_run and not counts["passed"]:
+        raise Failed(f"no test ran: {progress.reasons}")
+
+
+if __name__ == "__main__":
+    run("tests", tests)

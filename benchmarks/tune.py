@@ -1,0 +1,168 @@
+"""Measure every legal launch configuration on this GPU, and write the table that goes before the heuristics.
+
+    python -m benchmarks.tune --out tuned.json [--kernels cuda.sum,triton.sum] [--channels 1152,3072] [--seconds 300]
+    FASTCACHE_TUNING=tuned.json python ...        # use it
+
+An entry is written only where a configuration beats the heuristic's choice by more than NOISE; the file is
+complete after every key, so a time limit loses what it cut off and nothing else. fastcache/backends/tuning.py
+says what a key is, and what becomes of a table that is stale.
+"""
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import fastcache
+from benchmarks.cases import Case, Form, Size
+from benchmarks.correctness import relative_rms
+from benchmarks.forms import Prepared
+from benchmarks.graphed import captured, measure_replays
+from benchmarks.inputs import Inputs
+from benchmarks.timing import Effort
+from fastcache.backends import tuning
+from fastcache.backends.cuda_config import CudaKernels
+from fastcache.backends.index_errors import loaded_cuda
+from fastcache.backends.tuning import CONFIGS, DTYPES, Config, Entry, Key, encoded, legal_configs
+from fastcache.ops import Norm, residual_update
+
+HEURISTIC = "heuristic"
+NOISE = 0.02  # share by which a configuration must be faster
+CHANNELS = (1152, 3072, 5120)
+TERMS = {0: 1, 1: 5, 2: 56, 3: 128}  # features that stand for a bucket
+SUM_TERMS, ROW_TERMS = (0, 1, 2, 3), (0, 1)
+ROWS = (5, 6, 7, 8)  # buckets: up to 1,024, 4,096, 16,384 and 65,536 rows
+MOST_BYTES = 24e9  # of operands
+ALLOWED_ERROR = 1e-2  # relative RMS against eager: no configuration may compute something else
+EFFORT = Effort(0.3, 15, 60)
+
+Clock = Callable[[Key, Mapping[str, Config | None]], dict[str, float]]  # microseconds of each configuration; None: the heuristic's
+
+
+def keys(kernels: Iterable[str], channels: Iterable[int], dtypes: Iterable[str], device: str) -> list[Key]:
+    """What is measured, small before large."""
+    found = [
+        Key(kernel, device, D, dtype, terms, rows)
+        for rows in ROWS for D in channels for dtype in dtypes for kernel in kernels for terms in (SUM_TERMS if kernel.endswith("sum") else ROW_TERMS)
+    ]  # fmt: skip
+    return [key for key in found if (TERMS[key.terms] + 2) * 4**key.rows * key.channels * getattr(torch, key.dtype).itemsize <= MOST_BYTES]
+
+
+def tune(wanted: Sequence[Key], cuda: CudaKernels | None, clock: Clock, save: Callable[[list[Entry]], None], deadline: float = float("inf"), say: Callable[[str], None] = lambda text: None) -> list[Entry]:
+    """The entries that beat the heuristic; `save` gets all of them after every key."""
+    entries: list[Entry] = []
+    for number, key in enumerate(wanted, start=1):
+        if time.monotonic() > deadline:
+            say(f"the budget was used up before {len(wanted) - number + 1} of {len(wanted)} keys")
+            break
+        legal = {str(config): config for config in legal_configs(key, cuda)}
+        if not legal:
+            continue
+        found = clock(key, {HEURISTIC: None, **legal})
+        names = [name for name in found if name != HEURISTIC]
+        if HEURISTIC not in found or not names:
+            say(f"{number}/{len(wanted)} {key}: not measured")
+            continue
+        best = min(names, key=found.__getitem__)
+        better = found[best] < (1 - NOISE) * found[HEURISTIC]
+        if better:
+            entries.append(Entry(key, legal[best], found[best], found[HEURISTIC]))
+        save(entries)
+        say(f"{number}/{len(wanted)} {key}: {best} {found[best]:.1f} us, heuristic {found[HEURISTIC]:.1f} us{', kept' if better else ''}")
+    return entries
+
+
+def case_of(key: Key) -> Case:
+    """A call that stands for a key: as many rows as its bucket holds, in two samples."""
+    rows = 4**key.rows
+    batch = 2 if rows > 1 else 1
+    return Case(Form.TRUNK, Size("tuning", batch, rows // batch, key.channels, TERMS[key.terms]), getattr(torch, key.dtype))
+
+
+def call_of(key: Key, inputs: Inputs) -> Callable[[], object]:
+    """The call on given inputs: a trunk sum, or the same with LayerNorm and modulation."""
+    sum_ = partial(residual_update, inputs.x, inputs.features, inputs.table, gate_index=inputs.gate_index)
+    return sum_ if key.kernel.endswith("sum") else partial(sum_, norm=Norm.LAYER, shift=inputs.shift, scale=inputs.scale)
+
+
+def graph_clock(device: torch.device, effort: Effort = EFFORT, *, backend: str | None = None, say: Callable[[str], None] = lambda text: None) -> Clock:
+    """Times by graph replay on rotating buffers, all configurations in turns; one with wrong values is left out.
+
+    backend: runs all keys, for a rehearsal; None: the one that a key's kernel belongs to.
+    """
+
+    def clock(key: Key, configs: Mapping[str, Config | None]) -> dict[str, float]:
+        case = case_of(key)
+        buffers = Prepared(case, device, **({} if device.type == "cuda" else {"max_copies": 2})).buffers
+        with fastcache.use_backend("eager"):
+            expected = call_of(key, buffers[0])()
+        replays = {}
+        for name, config in configs.items():
+            with tuning.only({} if config is None else {key: config}, device), fastcache.use_backend(backend or key.kernel.partition(".")[0]):
+                calls = [call_of(key, inputs) for inputs in buffers]
+                found = calls[0]()
+                error = max(relative_rms(one.float(), other.double()) for one, other in zip(found, expected) if other is not None)
+                if not error <= ALLOWED_ERROR:
+                    say(f"{name} is off by {error:.1e} and left out: this is a bug, report it")
+                    continue
+                replays[name] = captured(calls, device, 1e-3 * case.min_bytes / 4000)
+        timings = measure_replays(replays, effort, device)
+        del replays, buffers
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {name: timing.median_us for name, timing in timings.items()}
+
+    return clock
+
+
+def write(path: Path, entries: list[Entry], versions: Mapping[str, str]) -> None:
+    """The table, replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(encoded(entries, versions), indent=1) + "\n")
+    beside.replace(path)
+
+
+def listed(text: str, allowed: Sequence[str], option: str) -> list[str]:
+    """A comma-separated option. Raises SystemExit naming it."""
+    found = [part for part in text.split(",") if part]
+    unknown = [part for part in found if part not in allowed]
+    if unknown or not found:
+        sys.exit(f"{option}: expected some of {', '.join(allowed)}, got {text!r}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Measure launch configurations on this GPU and write a table of the best.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kernels", default=",".join(CONFIGS))
+    parser.add_argument("--channels", default=",".join(map(str, CHANNELS)))
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=480.0, help="after which no further key is begun")
+    options = parser.parse_args(arguments)
+    kernels, dtypes = listed(options.kernels, tuple(CONFIGS), "--kernels"), listed(options.dtypes, DTYPES, "--dtypes")
+    if not all(part.isdigit() for part in options.channels.split(",")):
+        sys.exit(f"--channels: expected numbers, comma-separated, got {options.channels!r}")
+    if not torch.cuda.is_available():
+        sys.exit("python -m benchmarks.tune: PyTorch sees no GPU, and a table is made by measuring on one")
+    device, status = torch.device("cuda"), fastcache.backends_status()
+    kernels = [name for name in kernels if status[name.partition(".")[0]].available]
+    library = loaded_cuda()
+    cuda = None if library is None else CudaKernels(library)
+    wanted = keys(kernels, map(int, options.channels.split(",")), dtypes, tuning.device_name(device))
+    say = partial(print, flush=True)
+    with torch.no_grad():
+        entries = tune(wanted, cuda, graph_clock(device, say=say), lambda found: write(options.out, found, tuning.kernel_versions(cuda)), time.monotonic() + options.seconds, say)
+    print(f"{len(entries)} entries in {options.out.name}; use them with FASTCACHE_TUNING={options.out.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Bad indices that GPU kernels met: a sticky flag per device, read when somebody asks.
+
+A kernel cannot raise, and reading an index on the host would wait for the GPU. So a kernel that meets
+an index out of range writes nothing outside of its tensors, makes the result visible (a gate that
+does not exist is NaN; a fresh or packed row that does not exist is left out) and sets a bit. A
+Session reads the bits when it closes; whoever calls the operators directly asks `take_index_errors`.
+"""
+import ctypes
+import os
+import sys
+
+import torch
+
+from fastcache.backends.library import PACKAGE
+
+ARGUMENTS = {1: "gate_index", 2: "fresh_slots or row_slots"}  # by bit; csrc/include/fastcache/cuda/parameters.h
+
+
+def take_index_errors(device: torch.device) -> str:
+    """Arguments in which kernels on `device` met bad indices since the last call, "" if none.
+
+    Waits for the device and clears the flag. While a CUDA graph is captured nothing can be read: "",
+    and the flag keeps its bits. Raises RuntimeError if the device cannot be asked.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return ""
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    bits = _taken_from_cuda(device) | _taken_from_triton(device)
+    return " and ".join(name for bit, name in ARGUMENTS.items() if bits & bit)
+
+
+def explained(names: str, device: torch.device) -> str:
+    """What to tell the user about `take_index_errors`."""
+    return f"{names}: a kernel on {device} met an index out of range. Nothing outside of the tensors was read or written, but results since are wrong: a gate that does not exist counts as NaN, a row that does not exist is left out. On a CPU the call that does this raises IndexError"
+
+
+def _taken_from_cuda(device: torch.device) -> int:
+    library = loaded_cuda() if device.type == "cuda" else None
+    if library is None:
+        return 0
+    bits = library.fastcache_cuda_error_flag(device.index)
+    if bits < 0:
+        raise RuntimeError(f"device: the index-error flag of {device} cannot be read; an earlier CUDA error has probably made the device unusable in this process")
+    return bits
+
+
+def _taken_from_triton(device: torch.device) -> int:
+    backend = sys.modules.get("fastcache.backends.triton")  # not imported for this: what never ran has no flag
+    flag = None if backend is None else backend.FLAGS.get(device)
+    if flag is None:
+        return 0
+    bits = int(flag.item())
+    flag.zero_()
+    return bits
+
+
+def loaded_cuda() -> ctypes.CDLL | None:
+    """The compiled CUDA library if this process has loaded it."""
+    try:
+        return ctypes.CDLL(str(PACKAGE / "lib" / "libfastcache_cuda.so"), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return None
