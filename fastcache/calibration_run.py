@@ -11,7 +11,7 @@ from fastcache.errors import SessionError
 from fastcache.hosts import Host, recognise
 from fastcache.policies.base import positive_steps
 from fastcache.schedule import Layout, Schedule, full_step
-from fastcache.session import accelerate
+from fastcache.session import Session
 
 RelativeError = Callable[[list[Tensor], list[Tensor]], Tensor]
 
@@ -65,7 +65,7 @@ def calibrate(
     layout = found.layout()
     observer = ErrorObserver(layout, num_steps, min(lookahead, num_steps - 1))
     uncached = Schedule(layout, (full_step(layout),) * num_steps, "calibration")
-    with accelerate(model, uncached, num_steps, calls_per_step=calls_per_step, count_ops=False, host=host, observer=observer):
+    with Session(model, uncached, num_steps, calls_per_step=calls_per_step, count_ops=False, host=host, observer=observer, history=observer.history):
         for sample in range(samples):
             run(sample)
             observer.end_run()
