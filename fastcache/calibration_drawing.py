@@ -43,6 +43,6 @@ def _strip(axis: Any, calibration: "Calibration", name: str) -> None:
     from matplotlib.colors import ListedColormap
 
     rows = [flags for key, flags in calibration.published.entries if key == name or key.rpartition("-")[0] == name]
-    axis.imshow(rows, aspect="auto", interpolation="nearest", cmap=ListedColormap((COLOURS[1], COLOURS[0])), vmin=0, vmax=1)
+    axis.imshow(rows, aspect="auto", interpolation="nearest", cmap=ListedColormap((COLOURS["R"], COLOURS["C"])), vmin=0, vmax=1)
     axis.set_yticks([])
     axis.set_ylabel(f"{sum(map(sum, rows))}/{sum(map(len, rows))}", fontsize=7)

@@ -3,11 +3,15 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
+import fastcache
 from fastcache import TaylorSeer
 from fastcache.forecast import forecast_weights
 from fastcache.schedule import REUSE, Branch, Layout, Schedule, forecast
+from hosts import assert_close, inputs, small_dit
+from support import available_backends
 
 DIT_XL_2 = Layout("DiT", 256, 1152, 16, tuple(Branch(index // 2, ("attn", "mlp")[index % 2], 1) for index in range(56)))
 
@@ -162,3 +166,42 @@ def test_weights_equal_the_difference_form_on_random_features(seed: int, max_ord
 def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forecast_weights(*arguments)
+
+
+# -- running -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"interval": 3, "max_order": 2}, {"interval": 2, "max_order": 1, "first_enhance": 3}, {"interval": 3, "max_order": 0, "first_enhance": 1}], ids=str)
+@pytest.mark.parametrize("backend", available_backends("cpu"))
+@torch.no_grad()
+def test_a_model_follows_the_published_difference_form(backend: str, fields: dict) -> None:
+    policy, steps, model = TaylorSeer(**fields), 14, small_dit()
+    expected = by_differences(small_dit(dtype=torch.float64), policy, steps)
+    with fastcache.use_backend(backend), fastcache.accelerate(model, policy, steps) as session:
+        first = [model(*slow_inputs(k, torch.float32)) for k in range(steps)]
+        second = [model(*slow_inputs(k, torch.float32)) for k in range(steps)]
+    assert_close(first, expected, 1e-5)
+    assert_close(second, first, 1e-12)
+    assert session.summary().recomputed == 0
+
+
+def slow_inputs(step: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs that drift, as a sampler's do."""
+    x, t, y = inputs(0, dtype=dtype)
+    return x * (1 + 0.05 * step), t - 20 * step, y
+
+
+def by_differences(model, policy: TaylorSeer, steps: int) -> list[torch.Tensor]:
+    full, outputs = set(policy.full_steps(steps)), []
+    stored = {(index, name): Differences(policy.max_order) for index in range(len(model.blocks)) for name in ("attn", "mlp")}
+    for k in range(steps):
+        x, t, y = slow_inputs(k)
+        x, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
+        for index, block in enumerate(model.blocks):
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(6, -1)
+            for name, body, norm, shift, scale, gate in (("attn", block.attn, block.norm1, shift1, scale1, gate1), ("mlp", block.mlp, block.norm2, shift2, scale2, gate2)):
+                if k in full:
+                    stored[index, name].full(k, body(norm(x) * (1 + scale) + shift))
+                x = x + gate * stored[index, name].predict(k)
+        outputs.append(model._unpatch(model.final_layer(x, c)))
+    return outputs
