@@ -56,9 +56,9 @@ class Done:
 class Trunk:
     """Runs blocks branch by branch over a ResidualStream, storing and reusing features."""
 
-    def __init__(self, host: Host, *, own_features: bool, compile: bool) -> None:
+    def __init__(self, host: Host, *, own_features: bool, feature_dtype: torch.dtype | None, compile: bool) -> None:
         self._host = host
-        self._own, self._compile = own_features, compile
+        self._own, self._dtype, self._compile = own_features or feature_dtype is not None, feature_dtype, compile
         self._blocks = host.blocks
         self._layout = host.layout()
         self._programs = [host.branches(block) for block in self._blocks]
@@ -104,7 +104,7 @@ class Trunk:
     def open(self, plan: StepPlan, step: int, call: int, table: ModulationTable | None) -> None:
         """Begin a model call that follows `plan`."""
         self._plan, self._step = plan, step
-        self._store = self._stores.setdefault(call, FeatureStore(self._depth))
+        self._store = self._stores.setdefault(call, FeatureStore(self._depth, self._dtype))
         self._selector = None
         if self._refreshed:
             self._selector = self._selectors.setdefault(call, TokenSelector(self._schedule.selection, sorted(self._refreshed)))

@@ -76,6 +76,20 @@ def test_owned_features_give_the_same_and_a_ring_takes_its_oldest_buffer_again()
     assert owned.summary().bytes_held == 6 * 3 * one and borrowed.summary().bytes_held <= 6 * 3 * one
 
 
+@pytest.mark.parametrize("policy", [fastcache.TaylorSeer(interval=3, max_order=2), fastcache.ToCa(3, 0.3), fastcache.FORA(3)], ids=lambda policy: type(policy).__name__)
+def test_features_stored_in_half_precision_take_half_the_memory(backend, policy) -> None:
+    model = small_dit()
+    with fastcache.accelerate(model, policy, 20, own_features=True) as wide:
+        expected = run(model, 20)
+    with fastcache.accelerate(model, policy, 20, feature_dtype=torch.bfloat16) as narrow:
+        found = run(model, 20)
+    assert narrow.summary().bytes_held * 2 == wide.summary().bytes_held
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    assert 0 < max(errors) < (0.5 if isinstance(policy, fastcache.ToCa) else 0.05), errors  # ToCa: a few tokens are chosen differently
+    with pytest.raises(ValueError, match="feature_dtype: expected float32, float16, bfloat16"):
+        fastcache.accelerate(model, policy, 20, feature_dtype=torch.int8)
+
+
 def test_a_skipped_step_runs_no_block_and_gives_the_hidden_state_before_it() -> None:
     model, policy = small_dit(), fastcache.DuCa(fresh_threshold=3, fresh_ratio=0.3)
     hidden, ran = [], []
