@@ -235,6 +235,7 @@ class Session:
         if kind is None:
             done = self._trunk.close()
             self._recorder.recomputed += done.recomputed
+            self._recorder.table_bytes = max(self._recorder.table_bytes, self._trunk.bank_nbytes)
             self._recorder.bytes_held = max(self._recorder.bytes_held, self._trunk.nbytes)
             planned = done.kind
             self._observe()
