@@ -204,8 +204,11 @@ class Trunk:
 
     def _queue_forecast(self, stream: ResidualStream, index: int, order: int, gate: Tensor | None, row: int | None) -> None:
         """Queue the forecast as one term per stored feature, weighted on the host."""
-        steps = self._store.steps(index)
-        for back, weight in enumerate(forecast_weights(self._step, steps, min(order, len(steps) - 1))):
+        steps = tuple(self._store.steps(index))
+        weights = self._memo.get((steps, order))  # the same for most branches of a step
+        if weights is None:
+            weights = self._memo[steps, order] = forecast_weights(self._step, steps, min(order, len(steps) - 1))
+        for back, weight in enumerate(weights):
             stream.add(self._store.feature(index, back), gate, gate_row=row, weight=weight)
 
     def _capacity(self, action: Action) -> int:
