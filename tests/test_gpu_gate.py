@@ -125,6 +125,11 @@ def test_a_setuptools_that_setup_py_refuses_is_gone_around(version: str, old: bo
     assert "-DFASTCACHE_CUDA=1" in configure and "-DFASTCACHE_CUDA_ARCHS=90-real" in configure and "--build" in make
 
 
+def test_a_failed_build_is_named_by_its_first_error() -> None:
+    assert build.first_error("-- Configuring\nCMake Error at CMakeLists.txt:89 (enable_language):\n  no such compiler\nmore\nCMake Error again") == "CMake Error at CMakeLists.txt:89 (enable_language): no such compiler"
+    assert build.first_error("one\ntwo\nthree") == "two three" and build.first_error("") == ""
+
+
 class Report:
     """As pytest reports a test."""
 
