@@ -10,6 +10,7 @@ from typer import Exit, Option
 
 import fastcache
 from fastcache import backends
+from fastcache.backends import tuning
 from fastcache.backends.library import OPERATORS, cpu_capability
 
 
@@ -19,6 +20,7 @@ def doctor(verify: Annotated[bool, Option(help="Check every operator and backend
     console.print(f"fastcache {fastcache.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python {platform.python_version()}, {platform.machine()}")
     console.print(_libraries())
     console.print(_backends())
+    console.print(f"launch configurations of GPU kernels: {len(tuning.table())} measured entries (FASTCACHE_TUNING), the heuristics for everything else")
     if verify and not _verified(console):
         raise Exit(1)
 
