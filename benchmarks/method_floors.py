@@ -24,6 +24,12 @@ def step_floors(step: StepPlan, batch: int, full_ms: float, copy_gbps: float, re
     return Floors(arithmetic, 1e-6 * weight_bytes(step, modulated=modulated) / read_gbps, 1e-6 * stream_bytes(step, batch) / copy_gbps)
 
 
+def ridge_rows(size: ModelSize, full_ms: float, read_gbps: float) -> float:
+    """Rows of a float32 GEMM whose arithmetic, at the rate of the uncached step, takes as long as reading its weights."""
+    flops = full_step(recognise(DiT.from_config(size.config)).layout()).flops(size.batch)
+    return WIDTH / 2 * (1e3 * flops / full_ms) / (1e9 * read_gbps)
+
+
 def weight_bytes(step: StepPlan, *, modulated: bool) -> int:
     """Weights of every body that runs, whatever the number of its tokens, and of the modulations; 2 FLOPs a weight and token."""
     layout, blocks = step.layout, step.run_blocks

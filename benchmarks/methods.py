@@ -103,7 +103,8 @@ class KindRow:
 @dataclass(frozen=True)
 class MethodRow:
     """One method executed one way. speedup: uncached generation over this one, medians of the same run;
-    ideal: by FLOPs; error: relative RMS of all outputs against the original's."""
+    ideal: by FLOPs; error: relative RMS of all outputs against the original's. ridge_rows: rows (B K) of a
+    body below which its weights take longer to read than its arithmetic takes, in this run."""
 
     model: str
     method: str
@@ -115,6 +116,7 @@ class MethodRow:
     ideal: float
     error: float | None
     kinds: tuple[KindRow, ...]
+    ridge_rows: float | None = None
 
     @property
     def quotient(self) -> float:
@@ -258,12 +260,12 @@ def described(policy: Policy, schedule: Schedule) -> str:
 
 def with_floors(rows: Sequence[MethodRow], copy_gbps: float, read_gbps: float, sizes: Sequence[ModelSize] = MODEL_SIZES, methods: Sequence[Method] = METHODS) -> tuple[MethodRow, ...]:
     """The rows with the floors of every kind of step, by the bandwidths and the uncached steps of the same run."""
-    from benchmarks.method_floors import floors_of
+    from benchmarks.method_floors import floors_of, ridge_rows
 
     found = []
     for row in rows:
         size = next(size for size in sizes if size.name == row.model)
         full_ms = next(other.kinds[0].timing.median_us / 1e3 for other in rows if other.model == row.model and other.method == UNCACHED)
         floors = floors_of(size, next((method for method in methods if method.name == row.method), None), full_ms, copy_gbps, read_gbps, modulated=row.way != Way.BEGUN.value)
-        found.append(replace(row, kinds=tuple(replace(kind, floors=floors.get(kind.kind)) for kind in row.kinds)))
+        found.append(replace(row, ridge_rows=ridge_rows(size, full_ms, read_gbps), kinds=tuple(replace(kind, floors=floors.get(kind.kind)) for kind in row.kinds)))
     return tuple(found)
