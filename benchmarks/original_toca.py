@@ -85,8 +85,8 @@ def attention_and_score(attention: Attention, h: Tensor, score: Score) -> tuple[
 
 
 def base_score(taken: Tensor, score: Score) -> Tensor:
-    """[B, N]: the attention that a token received, or the sum over heads of 1 - ||v||."""
-    return (1 - taken).sum(1) if score is Score.KV_NORM else taken.sum(1)
+    """[B, N] float32: the attention that a token received, or the sum over heads of 1 - ||v||."""
+    return (1 - taken if score is Score.KV_NORM else taken).sum(1, dtype=torch.float32)
 
 
 def choose(base: Tensor, counts: Tensor, tokens: int, selection: Selection, fields: dict) -> Tensor:
