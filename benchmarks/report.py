@@ -1,6 +1,6 @@
 """What a run found: bench.json holds all of it, bench.md the tables."""
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,10 +11,14 @@ from benchmarks.flagship import Flagship
 from benchmarks.forms import Absence, Row
 from benchmarks.machine import Machine
 from benchmarks.providers import Provider
+from benchmarks.method_report import method_sections
+from benchmarks.methods import MethodRow
 from benchmarks.session import SessionRow, Way
+from benchmarks.tables import NOISY, bold_below_one, is_noisy, mark, microseconds, milliseconds, percent, table, times
 from benchmarks.timing import Timing
+from benchmarks.token_report import token_sections
+from benchmarks.tokens import BlockRow, ChoiceRow
 
-NOISY = 1.5  # p90 over p10 beyond which a median is marked
 BUSY = 0.2  # share of noisy timings beyond which a run is not to be quoted
 
 
@@ -33,6 +37,9 @@ class Report:
     absent: tuple[Absence, ...]
     dispatch: tuple[DispatchRow, ...]
     session: tuple[SessionRow, ...]
+    blocks: tuple[BlockRow, ...] = ()
+    choices: tuple[ChoiceRow, ...] = ()
+    methods: tuple[MethodRow, ...] = ()
 
     @property
     def copy_gbps(self) -> float:
@@ -50,7 +57,7 @@ def write_report(report: Report, out: Path) -> None:
 def markdown(report: Report) -> list[str]:
     """All sections, in the order in which a reader asks."""
     lines = _head(report)
-    for section in (_flagship, _summary, _losses, _forms, _dispatch, _session, _absent):
+    for section in (_flagship, _summary, _losses, _forms, _dispatch, _session, _tokens, _methods, _absent):
         lines += section(report)
     return lines
 
@@ -143,6 +150,14 @@ def _session(report: Report) -> list[str]:
     return ["## Session: steps of random float32 DiTs", "", *table(headings, cells)]
 
 
+def _tokens(report: Report) -> list[str]:
+    return token_sections(report.blocks, report.choices)
+
+
+def _methods(report: Report) -> list[str]:
+    return method_sections(report.methods)
+
+
 def _absent(report: Report) -> list[str]:
     absent = (*report.absent, *(report.flagship.absent if report.flagship else ()))
     by_reason: dict[tuple[str, str], list[str]] = {}
@@ -169,49 +184,8 @@ def ratios(row: Row) -> dict[str, float | None]:
     return {Provider.NAIVE.value: row.vs_naive, Provider.BEST_EAGER.value: row.vs_best_eager, Provider.COMPILED.value: row.vs_compile}
 
 
-def table(headings: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:
-    """A Markdown table and an empty line."""
-    headings = tuple(headings)
-    line: Callable[[Iterable[object]], str] = lambda cells: "| " + " | ".join(str(cell) for cell in cells) + " |"  # noqa: E731
-    return [line(headings), line("---" for _ in headings), *(line(row) for row in rows), ""]
-
-
-def is_noisy(timing: Timing) -> bool:
-    """True if the middle 80 % of the samples are far apart."""
-    return timing.p90_us > NOISY * timing.p10_us
-
-
-def mark(timing: Timing) -> str:
-    """`~` on a noisy median."""
-    return "~" if is_noisy(timing) else ""
-
-
-def microseconds(timing: Timing) -> str:
-    """The median."""
-    return f"{timing.median_us:.0f}{mark(timing)}"
-
-
-def milliseconds(timing: Timing | None) -> str:
-    """The median."""
-    return "-" if timing is None else f"{timing.median_us / 1e3:.2f}{mark(timing)}"
-
-
-def percent(share: float | None) -> str:
-    """A share in percent."""
-    return "-" if share is None else f"{share:.0%}"
-
-
-def times(ratio: float | None) -> str:
-    """A ratio, bold if below one."""
-    return "-" if ratio is None else f"{ratio:.2f}"
-
-
-def bold_below_one(ratio: float | None) -> str:
-    """A ratio that shows where FastCache lost."""
-    return f"**{times(ratio)}**" if ratio is not None and ratio < 1 else times(ratio)
-
-
 def _timings(report: Report) -> list[Timing]:
-    rows = (*report.forms, *report.dispatch, *(report.flagship.rows if report.flagship else ()))
+    rows = (*report.forms, *report.dispatch, *(report.flagship.rows if report.flagship else ()), *report.blocks, *report.choices)
     steps = [timing for row in report.session for timing in (row.full, row.reuse, row.begin, row.generation) if timing is not None]
+    steps += [timing for row in report.methods for timing in (row.generation, *(kind.timing for kind in row.kinds))]
     return [row.timing for row in rows] + steps

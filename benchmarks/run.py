@@ -1,6 +1,6 @@
 """Measure everything and write bench.json, bench.md and roofline.png.
 
-    python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session] [--quick]
+    python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|tokens|methods] [--quick]
 """
 import argparse
 import time
@@ -16,13 +16,18 @@ from benchmarks.dispatch import CALLS, measure_dispatch
 from benchmarks.flagship import measure_flagship
 from benchmarks.forms import MAX_COPIES, Absence, Row, measure_case
 from benchmarks.machine import kept_heap, load, machine, threads
+from benchmarks.methods import MODEL_SIZES, TINY_MODEL, ModelSize, measure_methods, with_floors
 from benchmarks.providers import Provider
 from benchmarks.report import Report, write_report
 from benchmarks.roofline import draw_roofline
 from benchmarks.session import SESSION_SIZES, TINY_SESSION, SessionSize, measure_session
 from benchmarks.timing import Effort
+from benchmarks.token_cases import SIZES as TOKEN_SIZES
+from benchmarks.token_cases import TINY as TINY_TOKENS
+from benchmarks.token_cases import TokenSize, block_cases, choice_cases
+from benchmarks.tokens import measure_tokens
 
-PARTS = ("flagship", "dispatch", "session", "forms")
+PARTS = ("flagship", "dispatch", "session", "forms", "tokens", "methods")
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,15 @@ class Programme:
     caches: int = CACHES
     max_copies: int = MAX_COPIES
     dispatch_calls: int = CALLS
+    token_sizes: tuple[TokenSize, ...] = TOKEN_SIZES
+    tokens: Effort = Effort(0.5, 5, 60)
+    model_sizes: tuple[ModelSize, ...] = MODEL_SIZES
+    methods: Effort = Effort(25.0, 3, 30)
 
 
 FULL = Programme()
 _ONCE = Effort(0.0, 3, 3)
-QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, seconds=60.0, caches=1, max_copies=2, dispatch_calls=20)
+QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, seconds=60.0, caches=1, max_copies=2, dispatch_calls=20, token_sizes=(TINY_TOKENS,), tokens=_ONCE, model_sizes=(TINY_MODEL,), methods=Effort(0.0, 2, 2))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = False, device: torch.device = torch.device("cpu")) -> Report:
     """Measure the parts; the copy bandwidth before and after the forms."""
     begun, at_start = time.perf_counter(), machine(device)
-    flagship, dispatch, session, rows, absent = None, (), (), (), ()
+    flagship, dispatch, session, rows, absent, blocks, choices, methods = None, (), (), (), (), (), (), ()
     with kept_heap() as heap_kept:
         say("copy bandwidth")
         bursts = [measure_bandwidth(device, programme.bandwidth, programme.caches)]
@@ -86,9 +95,15 @@ def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = Fal
         if "forms" in parts:
             rows, absent = measure_forms(programme, device, begun + programme.seconds)
             bursts.append(measure_bandwidth(device, programme.bandwidth, programme.caches))
+        if "tokens" in parts:
+            blocks, choices, missing = measure_tokens(block_cases(programme.token_sizes), choice_cases(programme.token_sizes), device, programme.tokens, programme.providers, programme.max_copies, say)
+            absent = (*absent, *missing)
+        if "methods" in parts:
+            methods = measure_methods(programme.methods, programme.model_sizes, say=say)
     copy_gbps = ceiling(bursts, torch.get_num_threads())
-    rows = tuple(row.against(copy_gbps) for row in rows)
-    return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, absent, dispatch, session)
+    rows, blocks, choices = (tuple(row.against(copy_gbps) for row in found) for found in (rows, blocks, choices))
+    methods = with_floors(methods, copy_gbps, max(burst.read_gbps for burst in bursts), programme.model_sizes)
+    return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, absent, dispatch, session, blocks, choices, methods)
 
 
 def measure_forms(programme: Programme, device: torch.device, deadline: float) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:

@@ -188,9 +188,12 @@ def test_a_quick_run_writes_numbers_tables_and_picture(tmp_path, capsys):
     assert all(row["bytes"] and row["gbps"] and row["share_of_copy"] for row in report["forms"])
     assert {row["mode"] for row in report["dispatch"]} == {"grad", "no_grad", "inference_mode"}
     assert {row["way"] for row in report["session"]} == {way.value for way in Way}
+    assert report["blocks"] and all(row["bytes"] and row["gbps"] and row["floor_us"] for row in report["blocks"])
+    assert {row["provider"] for row in report["choices"]} == {"naive", "topk per layer", "best eager", "fastcache"}
+    assert {row["method"] for row in report["methods"]} == {"uncached", "ToCa", "DuCa", "TaylorSeer", "SmoothCache"} and all(kind["floors"] for row in report["methods"] for kind in row["kinds"])
     assert report["flagship"]["rows"] and all(row["threads"] == 1 for row in report["flagship"]["rows"])
     text = (tmp_path / "bench.md").read_text()
-    assert all(heading in text for heading in ("# FastCache benchmarks", "## Flagship", "## Operators", "## Lost", "## Dispatch", "## Session"))
+    assert all(heading in text for heading in ("# FastCache benchmarks", "## Flagship", "## Operators", "## Lost", "## Dispatch", "## Session", "## Partial block, stream", "## Partial block, block", "## Choice of tokens", "## Methods: generations", "## Methods: steps"))
     assert str(tmp_path) not in text
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 

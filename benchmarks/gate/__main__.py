@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.gate.prerequisites import facts, missing_packages
 from benchmarks.gate.results import Results, now
 
-STAGES = {"build": 120, "tests": 110, "sanitizer": 60, "kernels": 150, "end_to_end": 85}  # seconds; 525 in all
+STAGES = {"build": 120, "tests": 100, "sanitizer": 55, "kernels": 150, "end_to_end": 105}  # seconds; 530 in all
 GRACE = 8  # seconds between the end of a stage's own budget and its being stopped
 
 

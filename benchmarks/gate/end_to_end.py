@@ -1,8 +1,8 @@
-"""Stage `end_to_end`: DiT-XL/2 of random weights at 256 px, 50 steps with CFG, in every way of `ways.py`."""
+"""Stage `end_to_end`: DiT-XL/2 of random weights, 50 steps with CFG, in every way of `ways.py`: at 256 px, and at 512 px with one batch."""
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from benchmarks.cases import Case, Form, Size
 from benchmarks.correctness import relative_rms
 from benchmarks.gate.prerequisites import clocks
 from benchmarks.gate.stage import Failed, Stage, run
-from benchmarks.gate.ways import INTERVAL, WAYS, Trajectory, Way, trajectory
+from benchmarks.gate.ways import COMPILED, INTERVAL, WAYS, Trajectory, Way, schedule, trajectory
 from benchmarks.graphed import launches
 from benchmarks.timing import Effort, Timing
 from fastcache import FORA, accelerate
@@ -25,6 +25,8 @@ TINY_MODEL = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32
 BATCHES, STEPS = (1, 8, 32), 50  # images; the model's batch is twice that
 ALLOWED_ERROR = 5e-2  # relative RMS of bf16 outputs of two ways that compute the same
 COMPARED = INTERVAL + 1  # last steps, cheap ones among them
+LARGE_MODEL, LARGE_BATCH = replace(MODEL, input_size=64), 4  # 512 px; without the compiled blocks, whose compilation it could not pay
+PIXELS = 8  # of a latent pixel's side
 GENERATIONS = 3
 WARM_STEPS = 2 * INTERVAL
 REPLAYS = 50
@@ -36,9 +38,11 @@ class WayRow:
     """One way at one batch. steps: time of a step by its kind; begin, generation: all 50 steps and what comes before them.
 
     launches: kernels and memory operations of a step by kind. error: relative RMS of the last outputs
-    against the way that it must reproduce. peak_bytes: of GPU memory, the model included.
+    against the way that it must reproduce. peak_bytes: of GPU memory, the model included. ideal: speedup by
+    FLOPs, None without a plan.
     """
 
+    pixels: int
     batch: int
     way: str
     generation: Timing
@@ -46,6 +50,7 @@ class WayRow:
     launches: dict[str, int | None]
     peak_bytes: int | None
     error: float | None
+    ideal: float | None
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,21 @@ def end_to_end(stage: Stage) -> None:
         check_real_model(stage)
     with torch.no_grad():
         bandwidth = measure_bandwidth(device, Effort(0.0, 1, 1) if stage.dry_run else BRIEF, 1 if stage.dry_run else 8)
-        stage.put(device=str(device) if stage.dry_run else torch.cuda.get_device_name(device), model="DiT-XL/2 256 px, bf16, random weights", num_steps=steps, policy=f"FORA(interval={INTERVAL})", ways=[], graphs=[], absent=[], clocks=[])
+        stage.put(device=str(device) if stage.dry_run else torch.cuda.get_device_name(device), model="DiT-XL/2, bf16, random weights", num_steps=steps, policy=", ".join(dict.fromkeys(str(way.policy) for way in WAYS if way.policy is not None)), ways=[], graphs=[], absent=[], clocks=[])
         if not stage.dry_run:
             stage.put(bandwidth=asdict(bandwidth))
-        for batch in batches:
-            run_ = trajectory(config, batch, steps, device, dtype)
+        for sized, batch in runs(config, batches, dry_run=stage.dry_run):
+            run_ = trajectory(sized, batch, steps, device, dtype)
             outputs: dict[str, Tensor] = {}
+            large = sized.input_size != config.input_size
             for way in WAYS:
+                if large and way.name == COMPILED:
+                    continue
                 if stage.seconds_left < 5:
-                    stage.add("absent", {"batch": batch, "way": way.name, "reason": "the budget of the stage was used up"})
+                    stage.add("absent", {"pixels": pixels(sized), "batch": batch, "way": way.name, "reason": "the budget of the stage was used up"})
                     continue
                 one(stage, run_, batch, way, outputs)
-            if stage.seconds_left > 5:
+            if stage.seconds_left > 5 and not large:
                 graph(stage, run_, batch, bandwidth)
             stage.add("clocks", {"after": batch, "seen": clocks()})
     wrong = [one["way"] for one in stage.results.stage("end_to_end")["absent"] if "differs" in one["reason"]]
@@ -86,16 +94,27 @@ def end_to_end(stage: Stage) -> None:
         raise Failed(f"outputs differ from those of the way that they must reproduce: {', '.join(wrong)}")
 
 
+def runs(config: DiTConfig, batches: tuple[int, ...], *, dry_run: bool) -> list[tuple[DiTConfig, int]]:
+    """(model, images) in the order in which they are measured."""
+    large = (replace(config, input_size=2 * config.input_size), 1) if dry_run else (LARGE_MODEL, LARGE_BATCH)
+    return [*((config, batch) for batch in batches), large]
+
+
+def pixels(config: DiTConfig) -> int:
+    """Side of a picture."""
+    return PIXELS * config.input_size
+
+
 def check_real_model(stage: Stage) -> None:
-    """The real model at every batch, with tensors that have shapes and no memory."""
+    """The real models at every batch, with tensors that have shapes and no memory."""
     parameters = None
-    for batch in BATCHES:
+    for config, batch in runs(MODEL, BATCHES, dry_run=False):
         with torch.device("meta"), torch.no_grad():
-            model = DiT.from_config(MODEL).to(torch.bfloat16)
-            rows, side = 2 * batch, MODEL.input_size
-            output = model.forward_with_cfg(torch.empty(rows, MODEL.in_channels, side, side, dtype=torch.bfloat16), torch.empty(rows), torch.empty(rows, dtype=torch.long), 4.0)
-            if output.shape != (rows, MODEL.out_channels, side, side):
-                raise Failed(f"DiT-XL/2 at batch {batch} gives {list(output.shape)}")
+            model = DiT.from_config(config).to(torch.bfloat16)
+            rows, side = 2 * batch, config.input_size
+            output = model.forward_with_cfg(torch.empty(rows, config.in_channels, side, side, dtype=torch.bfloat16), torch.empty(rows), torch.empty(rows, dtype=torch.long), 4.0)
+            if output.shape != (rows, config.out_channels, side, side):
+                raise Failed(f"DiT-XL/2 at {pixels(config)} px and batch {batch} gives {list(output.shape)}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
     stage.put(parameters=parameters, batches=list(BATCHES))
     stage.say(f"DiT-XL/2 with {parameters / 1e6:.0f} M parameters takes batches {', '.join(map(str, BATCHES))}")
@@ -106,17 +125,17 @@ def one(stage: Stage, run_: Trajectory, batch: int, way: Way, outputs: dict[str,
     try:
         row = measure_way(run_, batch, way, outputs, stage)
     except Exception as error:  # one way must not cost the others
-        stage.add("absent", {"batch": batch, "way": way.name, "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
-        stage.say(f"batch {batch}, {way.name}: {type(error).__name__}: {error}")
+        stage.add("absent", {"pixels": pixels(run_.model.config), "batch": batch, "way": way.name, "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+        stage.say(f"{pixels(run_.model.config)} px, batch {batch}, {way.name}: {type(error).__name__}: {error}")
         if stage.dry_run:
             raise
         return
     if stage.dry_run:  # times of a rehearsal on a CPU mean nothing, and are not kept
-        stage.add("ways", {"batch": batch, "way": way.name, "kinds": sorted(row.steps), "error": row.error})
-        stage.say(f"batch {batch}, {way.name}: ran {', '.join(sorted(row.steps))} steps")
+        stage.add("ways", {"pixels": row.pixels, "batch": batch, "way": way.name, "kinds": sorted(row.steps), "error": row.error, "ideal": row.ideal})
+        stage.say(f"{row.pixels} px, batch {batch}, {way.name}: ran {', '.join(sorted(row.steps))} steps")
         return
     stage.add("ways", asdict(row))
-    stage.say(f"batch {batch}, {way.name}: {row.generation.median_us / 1e3:.0f} ms, " + ", ".join(f"{kind} {timing.median_us / 1e3:.2f} ms" for kind, timing in row.steps.items()))
+    stage.say(f"{row.pixels} px, batch {batch}, {way.name}: {row.generation.median_us / 1e3:.0f} ms, " + ", ".join(f"{kind} {timing.median_us / 1e3:.2f} ms" for kind, timing in row.steps.items()))
 
 
 def measure_way(run_: Trajectory, batch: int, way: Way, outputs: dict[str, Tensor], stage: Stage) -> WayRow:
@@ -147,30 +166,31 @@ def measure_way(run_: Trajectory, batch: int, way: Way, outputs: dict[str, Tenso
             generations.append(sum(seconds))
             for kind, sample in zip(kinds, seconds[1:]):
                 samples[kind].append(sample)
-        counts = counted(run_, control, kinds, device)
+        counts = counted(run_, control, kinds, device, round(way.settled * run_.steps))
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     outputs[way.name] = torch.stack(tuple(last)).float()
     error = relative_rms(outputs[way.name], outputs[way.exact].double()) if way.exact else None
     if error is not None and not error <= ALLOWED_ERROR:
         raise ValueError(f"differs from {way.exact!r} by {error:.2e} (relative RMS), allowed {ALLOWED_ERROR:.0e}")
-    return WayRow(batch, way.name, Timing.of(generations), {kind: Timing.of(found) for kind, found in samples.items()}, counts, peak, error)
+    ideal = None if way.policy is None else schedule(way.policy, run_).ideal_speedup()
+    return WayRow(pixels(run_.model.config), batch, way.name, Timing.of(generations), {kind: Timing.of(found) for kind, found in samples.items()}, counts, peak, error, ideal)
 
 
-def counted(run_: Trajectory, control, kinds: list[str], device: torch.device) -> dict[str, int | None]:
-    """Launches of the second step of each kind (the first of some keep features for later)."""
+def counted(run_: Trajectory, control, kinds: list[str], device: torch.device, settled: int = 0) -> dict[str, int | None]:
+    """Launches of the second step of each kind (the first of some keep features for later), counted from step `settled` on."""
     found: dict[str, int | None] = {}
     control.begin()
     seen: dict[str, int] = {}
     for step, kind in enumerate(kinds):
         control.before(step)
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] == 2 or (seen[kind] == 1 and kinds.count(kind) == 1):
+        seen[kind] = seen.get(kind, 0) + (step >= settled)
+        if step >= settled and kind not in found and seen[kind] == min(2, kinds[settled:].count(kind)):
             found[kind] = launches(lambda step=step: run_.call(step), device)
             if device.type != "cuda":
                 run_.call(step)
         else:
             run_.call(step)
-        if len(found) == len(set(kinds)):
+        if len(found) == len(set(kinds[settled:])):
             break
     control.stop()
     return found

@@ -16,6 +16,7 @@ from benchmarks.bandwidth import BRIEF, Bandwidth, measure_bandwidth
 from benchmarks.cases import SIZES, TINY, Case, Form, Size
 from benchmarks.correctness import WrongValues
 from benchmarks.forms import Absence, NotMeasured, Prepared, gbps, input_bytes
+from benchmarks.gate.blocks import check_real_blocks, measure_blocks
 from benchmarks.gate.contenders import AUTOTUNED, BEST, COMPILED, NAIVE, Contender, contenders
 from benchmarks.gate.prerequisites import clocks
 from benchmarks.gate.stage import Failed, Stage, run
@@ -31,6 +32,7 @@ DECISIVE = (Form.TRUNK, Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
 SMALLEST_GPU = 80e9  # bytes that every case must fit in, checked in a dry run
 AUTOTUNE_SECONDS, AUTOTUNED_SIZES = 350.0, ("DiT-256 B2", "FLUX B1")  # autotuning everywhere takes such a budget
 CASE_SECONDS = 12.0  # that must be left to begin a case
+BLOCKS_SHARE = 0.25  # of the stage's budget, for partial blocks and choices of tokens
 NEW_SIZES = (Size("DiT-256 B8", 8, 256, 1152, 56),)
 
 
@@ -87,6 +89,9 @@ def kernels(stage: Stage) -> None:
         if not stage.dry_run:
             stage.put(bandwidth=asdict(bandwidth), datasheet_gbps=datasheet_gbps(name))
         cases = gate_cases(stage.dry_run)
+        measure_blocks(stage, device, bandwidth, EFFORT if device.type == "cuda" else ONCE, 0.0 if stage.dry_run else BLOCKS_SHARE * stage.seconds_left)
+        if not stage.dry_run:
+            release()
         for number, case in enumerate(cases, start=1):
             if stage.seconds_left < CASE_SECONDS:
                 stage.add("absent", *(asdict(Absence(late.name, None, "the budget of the stage was used up")) for late in cases[number - 1 :]))
@@ -102,10 +107,10 @@ def kernels(stage: Stage) -> None:
             release()
         if not stage.dry_run:
             stage.put(bandwidth_after=asdict(measure_bandwidth(device, BRIEF)))
-    measured = stage.results.stage("kernels")["cases"]
-    if not measured:
+    found = stage.results.stage("kernels")
+    if not found["cases"]:
         raise Failed("no case was measured; `absent` says why")
-    wrong = [one["case"] + ": " + one["provider"] for one in stage.results.stage("kernels")["absent"] if "WRONG" in one["reason"]]
+    wrong = [one["case"] + ": " + one["provider"] for one in (*found["absent"], *found["blocks_absent"]) if "WRONG" in one["reason"]]
     if wrong:
         raise Failed(f"wrong values, so not timed: {', '.join(wrong)}")
 
@@ -184,7 +189,7 @@ def check_real_sizes(stage: Stage) -> None:
         if need > SMALLEST_GPU:
             raise Failed(f"{case.name}: needs {need / 1e9:.0f} GB, a GPU has {SMALLEST_GPU / 1e9:.0f}")
     largest = max(checked, key=input_bytes)
-    stage.put(real_cases=len(checked), largest=f"{largest.name}, {math.ceil(input_bytes(largest) / 1e9)} GB")
+    stage.put(real_blocks=check_real_blocks(SMALLEST_GPU), real_cases=len(checked), largest=f"{largest.name}, {math.ceil(input_bytes(largest) / 1e9)} GB")
     stage.say(f"{len(checked)} real cases are accepted; the largest is {largest.name}")
 
 

@@ -60,7 +60,7 @@ def runs(folder: Path) -> dict[str, dict]:
 def page(name: str, content: dict) -> list[str]:
     """Everything about one run, in the order in which a reader asks."""
     lines = [f"# {name}", "", *head(content)]
-    for section in (targets, summary, losses, every_row, steps, graphs, absences, checks):
+    for section in (targets, summary, losses, every_row, blocks, steps, graphs, absences, checks):
         lines += section(content)
     return lines
 
@@ -127,6 +127,20 @@ def every_row(content: dict) -> list[str]:
     return lines
 
 
+def blocks(content: dict) -> list[str]:
+    """Partial blocks and choices of tokens."""
+    rows = content["stages"].get("kernels", {}).get("blocks", [])
+    headings = ("work", "size", "K", "contender", "MB", "us", "of copy", "TFLOP/s", "host us", "launches", "x naive", "x compile", "error")
+    cells = [
+        (
+            row["work"], row["size"], row["rows"], row["contender"], f"{row['bytes'] / 1e6:.1f}", us(row), percent(row["share_of_copy"]), f"{1e-6 * row['flops'] / row['timing']['median_us']:.0f}" if row["flops"] else "-",
+            f"{row['host_us']:.1f}", dash(row["launches"]), *((bold_below_one if row["contender"].startswith("fastcache") else times)(row[ratio]) for ratio in ("vs_naive", "vs_compile")), f"{row['error']:.0e}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return ["## Partial blocks, and the choice of tokens for 28 layers", "", *table(headings, cells)] if rows else []
+
+
 def steps(content: dict) -> list[str]:
     """Generations and steps, end to end."""
     found = content["stages"].get("end_to_end", {})
@@ -134,16 +148,18 @@ def steps(content: dict) -> list[str]:
     if not rows:
         return []
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["steps"]))
-    uncached = {row["batch"]: row["generation"]["median_us"] for row in rows if row["way"] == "uncached"}
-    cells = [
-        (
-            row["batch"], row["way"], f"{row['generation']['median_us'] / 1e3:.0f}", times(uncached[row["batch"]] / row["generation"]["median_us"]) if row["batch"] in uncached else "-",
+    size = lambda row: (row.get("pixels", 256), row["batch"])  # noqa: E731
+    uncached = {size(row): row["generation"]["median_us"] for row in rows if row["way"] == "uncached"}
+    cells = []
+    for row in rows:
+        measured = uncached[size(row)] / row["generation"]["median_us"] if size(row) in uncached else None
+        ideal = row.get("ideal")
+        cells.append((
+            *size(row), row["way"], f"{row['generation']['median_us'] / 1e3:.0f}", times(measured), times(ideal), times(None if measured is None or ideal is None else measured / ideal),
             *(cell for kind in kinds for cell in ((f"{row['steps'][kind]['median_us'] / 1e3:.2f}", dash(row["launches"].get(kind))) if kind in row["steps"] else ("-", "-"))),
             "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}", "-" if row["error"] is None else f"{row['error']:.0e}",
-        )
-        for row in rows
-    ]  # fmt: skip
-    headings = ("images", "way", "generation ms", "x uncached", *(heading for kind in kinds for heading in (f"{kind} step ms", "launches")), "peak GB", "error")
+        ))  # fmt: skip
+    headings = ("pixels", "images", "way", "generation ms", "x uncached", "ideal x", "measured / ideal", *(heading for kind in kinds for heading in (f"{kind} step ms", "launches")), "peak GB", "error")
     return [f"## End to end: {found['model']}, {found['num_steps']} steps, {found['policy']}", "", *table(headings, cells)]
 
 
@@ -157,10 +173,11 @@ def graphs(content: dict) -> list[str]:
 def absences(content: dict) -> list[str]:
     """What was not measured, and why."""
     by_reason: dict[tuple[str, str], list[str]] = {}
-    for one in content["stages"].get("kernels", {}).get("absent", []):
+    kernels = content["stages"].get("kernels", {})
+    for one in (*kernels.get("absent", []), *kernels.get("blocks_absent", [])):
         by_reason.setdefault((one["provider"] or "all contenders", one["reason"]), []).append(one["case"])
     for one in content["stages"].get("end_to_end", {}).get("absent", []):
-        by_reason.setdefault((one["way"], one["reason"]), []).append(f"batch {one['batch']}")
+        by_reason.setdefault((one["way"], one["reason"]), []).append(f"{one.get('pixels', 256)} px, batch {one['batch']}")
     return ["## Not measured", "", *(f"- {who}: {reason}: {', '.join(what)}" for (who, reason), what in by_reason.items()), ""] if by_reason else []
 
 

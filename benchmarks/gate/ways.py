@@ -2,16 +2,24 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.original import Original
 from benchmarks.original_fora import OriginalFORA
-from fastcache import FORA, accelerate
+from benchmarks.original_taylorseer import OriginalTaylorSeer
+from benchmarks.original_toca import OriginalToCa
+from fastcache import FORA, DuCa, Policy, TaylorSeer, ToCa, accelerate
+from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.models.dit import DiTConfig
+from fastcache.schedule import Branch, Layout, Schedule
 
 INTERVAL = 3
+TOCA, DUCA, TAYLORSEER = ToCa(fresh_threshold=3), DuCa(fresh_threshold=3, fresh_ratio=0.05, cache_type="kv-norm"), TaylorSeer()
+TOKENS_SETTLED = 0.3  # share of a generation after which ToCa and DuCa refresh tokens
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,16 @@ class Control:
 class Way:
     """enter: installs the way on a trajectory's model while it lasts. kind: of a step, "full" or the name of a cheaper one.
 
-    exact: name of the way whose outputs it must reproduce up to rounding, "" for the first of its kind.
+    exact: name of the way whose outputs it must reproduce up to rounding, "" for the first of its kind. policy: what it follows.
+    settled: share of a generation before which its cheap steps are not yet typical.
     """
 
     name: str
     enter: Callable[[Trajectory], AbstractContextManager[Control]]
     kind: Callable[[int, int], str] = field(default=lambda step, steps: "full")
     exact: str = ""
+    policy: Policy | None = None
+    settled: float = 0.0
 
 
 @contextmanager
@@ -99,18 +110,39 @@ def compiled_blocks(trajectory: Trajectory) -> Iterator[Control]:
 class OriginalControl(Control):
     """Tells the original's implementation which step it is."""
 
-    def __init__(self, original: OriginalFORA) -> None:
+    def __init__(self, original: Original) -> None:
         self._original = original
 
     def before(self, step: int) -> None:
         self._original.step = step
 
 
-@contextmanager
-def original_fora(trajectory: Trajectory) -> Iterator[Control]:
-    """FORA as its authors implement it."""
-    with OriginalFORA(trajectory.model, FORA(interval=INTERVAL).full_steps(trajectory.steps)) as original:
-        yield OriginalControl(original)
+def schedule(policy: Policy, trajectory: Trajectory) -> Schedule:
+    """What a policy plans for a trajectory."""
+    return policy.schedule(trajectory.steps, recognise(trajectory.model).layout())
+
+
+def originally(make: Callable[[Trajectory], Original]) -> Callable[[Trajectory], AbstractContextManager[Control]]:
+    """A method as its authors implement it."""
+
+    @contextmanager
+    def enter(trajectory: Trajectory) -> Iterator[Control]:
+        with make(trajectory) as original:
+            yield OriginalControl(original)
+
+    return enter
+
+
+def original_fora(trajectory: Trajectory) -> Original:
+    return OriginalFORA(trajectory.model, FORA(interval=INTERVAL).full_steps(trajectory.steps))
+
+
+def original_tokens(policy: Policy, trajectory: Trajectory) -> Original:
+    return OriginalToCa(trajectory.model, schedule(policy, trajectory))
+
+
+def original_taylorseer(trajectory: Trajectory) -> Original:
+    return OriginalTaylorSeer(trajectory.model, TAYLORSEER.full_steps(trajectory.steps), TAYLORSEER.max_order)
 
 
 class SessionControl(Control):
@@ -143,11 +175,33 @@ def fora_kind(step: int, steps: int) -> str:
     return "full" if step in FORA(interval=INTERVAL).full_steps(steps) else "reuse"
 
 
-UNCACHED, ORIGINAL, SESSION, BEGUN = "uncached", "FORA as its original does it", "FORA ours", "FORA ours, begun"
+@lru_cache(maxsize=64)
+def planned_kinds(policy: Policy, steps: int) -> tuple[str, ...]:
+    """Kinds of all steps; those of a DiT do not depend on its size."""
+    layout = Layout("DiT", 256, 1, 1, tuple(Branch(0, name, 1) for name in ("attn", "mlp")))
+    return tuple(step.kind for step in policy.schedule(steps, layout).steps)
+
+
+def kind_by(policy: Policy) -> Callable[[int, int], str]:
+    """The kind of a step in the policy's plan."""
+    return lambda step, steps: planned_kinds(policy, steps)[step]
+
+
+def pair(policy: Policy, original: Callable[[Trajectory], Original], **options: object) -> tuple[Way, Way]:
+    """A method as its original does it, and ours."""
+    name, kind = type(policy).__name__, kind_by(policy)
+    first = f"{name} as its original does it"
+    return Way(first, originally(original), kind, policy=policy, **options), Way(f"{name} ours, begun", session(policy, begun=True), kind, exact=first, policy=policy, **options)
+
+
+UNCACHED, COMPILED, ORIGINAL, SESSION, BEGUN = "uncached", "uncached, compiled blocks", "FORA as its original does it", "FORA ours", "FORA ours, begun"
 WAYS = (
     Way(UNCACHED, untouched),
-    Way("uncached, compiled blocks", compiled_blocks, exact=UNCACHED),
-    Way(ORIGINAL, original_fora, fora_kind),
-    Way(SESSION, session(FORA(interval=INTERVAL), begun=False), fora_kind, exact=ORIGINAL),
-    Way(BEGUN, session(FORA(interval=INTERVAL), begun=True), fora_kind, exact=ORIGINAL),
+    Way(COMPILED, compiled_blocks, exact=UNCACHED),
+    Way(ORIGINAL, originally(original_fora), fora_kind, policy=FORA(interval=INTERVAL)),
+    Way(SESSION, session(FORA(interval=INTERVAL), begun=False), fora_kind, exact=ORIGINAL, policy=FORA(interval=INTERVAL)),
+    Way(BEGUN, session(FORA(interval=INTERVAL), begun=True), fora_kind, exact=ORIGINAL, policy=FORA(interval=INTERVAL)),
+    *pair(TOCA, partial(original_tokens, TOCA), settled=TOKENS_SETTLED),
+    *pair(DUCA, partial(original_tokens, DUCA), settled=TOKENS_SETTLED),
+    *pair(TAYLORSEER, original_taylorseer),
 )
