@@ -59,7 +59,7 @@ def table_of(report: FrontierReport) -> Table:
     )
     shown = [column for column in COLUMNS if column not in ("steps", "features")]
     for heading in shown:
-        table.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in report.rows:
         cells = dict(zip(COLUMNS, cells_of(row), strict=True))
         table.add_row(*[cells[column] for column in shown])

@@ -30,7 +30,8 @@ def draw_frontier(report: "FrontierReport", path: Path) -> None:
             if metric is FRECHET:
                 axis.axhline(report.floor, color="#888888", linestyle=":", linewidth=1, label=f"real pictures ({report.floor:.3f})")
                 axis.set_yscale("log")
-                axis.invert_yaxis()
+        if metric is FRECHET:
+            line[0].invert_yaxis()  # and with it the axes that share it
         line[0].set_ylabel(f"{metric.label} (up is better)")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=9)
@@ -42,12 +43,13 @@ def _points(axis: Any, rows: Sequence[FrontierRow], speeds: Sequence[float], met
     for method, (colour, mark) in MARKS.items():
         chosen = [index for index, row in enumerate(rows) if row.method == method]
         if chosen:
-            sizes = [70 if rows[index].setting in front else 26 for index in chosen]
-            axis.scatter([speeds[index] for index in chosen], [metric.value(rows[index]) for index in chosen], sizes, colour, mark, label=method, edgecolors="white", linewidths=0.6, zorder=3)
+            sizes = [(70 if rows[index].setting in front else 26) * (2 if mark == "*" else 1) for index in chosen]
+            axis.scatter([speeds[index] for index in chosen], [metric.value(rows[index]) for index in chosen], sizes, colour, marker=mark, label=method, edgecolors="white", linewidths=0.6, zorder=3)
     on_front = sorted((speeds[index], metric.value(row), row.setting) for index, row in enumerate(rows) if row.setting in front)
     if on_front:
         across, up, _ = zip(*on_front, strict=True)
         axis.step(across, up, where="pre", color="#555555", linewidth=1, label="Pareto front", zorder=2)
     for number, (x, y, name) in enumerate(on_front):
         axis.annotate(name, (x, y), xytext=(4, 7 if number % 2 else -12), textcoords="offset points", fontsize=6.5, color="#333333", zorder=4)
+    axis.margins(x=0.1, y=0.1)
     axis.grid(alpha=0.25)
