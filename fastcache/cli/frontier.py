@@ -17,7 +17,7 @@ def frontier(
     only: Annotated[list[str] | None, Option(help="Measure only settings of this name, method or pattern, such as 'taylorseer*'; may be repeated.")] = None,
     pictures: Annotated[int | None, Option(min=2, help="Pictures of each setting; 1008 unless --tiny.")] = None,
     steps: Annotated[int | None, Option(min=2, help="Steps of the scheduler; 50 unless --tiny.")] = None,
-    batch_size: Annotated[int | None, Option(min=1, help="Pictures of a batch; 18 unless --tiny.")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Pictures of a batch; 12 unless --tiny.")] = None,
     tiny: Annotated[bool, Option("--tiny", help="Two settings, few pictures and steps: does it run?")] = False,
 ) -> None:
     """Quality against speed of every policy over a grid of settings. Takes over an hour; resumes."""

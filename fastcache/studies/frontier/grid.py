@@ -24,9 +24,9 @@ class Calibrated:
 class FrontierSetting:
     """A point to be measured.
 
-    interval: the base interval by which methods are compared, if the method has one. usual: this
-    setting stands for its method at its interval, as its authors set it (TaylorSeer: their order on
-    DiT, ToCa and DuCa: their ratio and score).
+    interval: the base interval by which methods are compared, if the method has one. usual: as the
+    method's authors set it (TaylorSeer: their order on DiT, ToCa and DuCa: their ratio and score);
+    of the settings at an interval, this one stands for its method.
     """
 
     name: str
@@ -46,20 +46,19 @@ UNCACHED = FrontierSetting("uncached", "uncached", None)
 
 def _token_settings(kind: type[ToCa] | type[DuCa]) -> list[FrontierSetting]:
     name = kind.__name__
-    settings = [FrontierSetting(f"{name} {n} attention", name, kind(fresh_threshold=n), n, usual=True) for n in (3, 5)]
-    settings += [FrontierSetting(f"{name} 3 {score}", name, kind(fresh_threshold=3, cache_type=score), 3) for score in ("kv-norm", "random")]
-    # the authors' ratio refreshes no token in the first half of sampling; this one a quarter of them throughout
-    settings.append(FrontierSetting(f"{name} 3 constant 0.25", name, kind(fresh_threshold=3, fresh_ratio=0.25, ratio_scheduler="constant"), 3))
-    return settings
+    usual = [FrontierSetting(f"{name} {n} attention", name, kind(fresh_threshold=n), n, usual=True) for n in (3, 5)]
+    return usual + [FrontierSetting(f"{name} 3 {score}", name, kind(fresh_threshold=3, cache_type=score), 3) for score in ("kv-norm", "random")]
 
 
 DEFAULT_GRID: tuple[FrontierSetting, ...] = (
     UNCACHED,
     *(FrontierSetting(f"FORA {n}", "FORA", FORA(interval=n), n, usual=True) for n in (2, 3, 5)),
     *_token_settings(ToCa),
+    # the authors' ratio refreshes no token in the first half of sampling; this one a quarter of them throughout
+    FrontierSetting("ToCa 3 constant 0.25", "ToCa", ToCa(fresh_threshold=3, fresh_ratio=0.25, ratio_scheduler="constant"), 3),
     *_token_settings(DuCa),
     *(FrontierSetting(f"TaylorSeer {n} order {order}", "TaylorSeer", TaylorSeer(interval=n, max_order=order), n, usual=order == 4) for n in (3, 5, 4, 6) for order in (4, 2, 1)),
-    *(FrontierSetting(f"SmoothCache {target:g}x", "SmoothCache", Calibrated(target)) for target in (1.5, 2.0, 3.0)),
+    *(FrontierSetting(f"SmoothCache {target:g}x", "SmoothCache", Calibrated(target), usual=True) for target in (1.5, 2.0, 3.0)),
     FrontierSetting("SmoothCache 2x per layer", "SmoothCache", Calibrated(2.0, per_layer=True)),
 )
 TINY_GRID: tuple[FrontierSetting, ...] = (

@@ -25,9 +25,9 @@ class FrontierOptions:
     """pictures: of each setting. comparisons: batches of a setting that an uncached one precedes."""
 
     grid: tuple[FrontierSetting, ...] = DEFAULT_GRID
-    sampler: Sampler = Sampler(batch_size=18)
+    sampler: Sampler = Sampler(batch_size=12)
     pictures: int = 1008
-    comparisons: int = 5
+    comparisons: int = 3
 
     def __post_init__(self) -> None:
         if self.pictures < 2:
