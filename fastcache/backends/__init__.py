@@ -34,7 +34,7 @@ NAMES = ("cpp", "cuda", "triton", "eager")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 STREAM = frozenset({"residual_update", "residual_update_scatter_"})
 TOKENS = frozenset({"select_tokens_", "row_score", "value_norm", "relative_error"})
-IMPLEMENTS = {"cpp": STREAM | TOKENS, "cuda": STREAM | TOKENS, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
+IMPLEMENTS = {"cpp": STREAM | TOKENS, "cuda": STREAM | TOKENS, "triton": STREAM | {"attention_received"}, "eager": frozenset(library.OPERATORS)}
 
 
 class BackendError(RuntimeError):

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcache.backends import checks
+from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
 from fastcache.backends.triton_config import row_config, sum_config
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
