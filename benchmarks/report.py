@@ -13,6 +13,7 @@ from benchmarks.machine import Machine
 from benchmarks.providers import Provider
 from benchmarks.session import SessionRow, Way
 from benchmarks.timing import Timing
+from benchmarks.tokens import TokenRow
 
 NOISY = 1.5  # p90 over p10 beyond which a median is marked
 BUSY = 0.2  # share of noisy timings beyond which a run is not to be quoted
@@ -33,6 +34,7 @@ class Report:
     absent: tuple[Absence, ...]
     dispatch: tuple[DispatchRow, ...]
     session: tuple[SessionRow, ...]
+    tokens: tuple[TokenRow, ...] = ()
 
     @property
     def copy_gbps(self) -> float:
@@ -50,7 +52,7 @@ def write_report(report: Report, out: Path) -> None:
 def markdown(report: Report) -> list[str]:
     """All sections, in the order in which a reader asks."""
     lines = _head(report)
-    for section in (_flagship, _summary, _losses, _forms, _dispatch, _session, _absent):
+    for section in (_flagship, _summary, _losses, _forms, _tokens, _dispatch, _session, _absent):
         lines += section(report)
     return lines
 
@@ -115,6 +117,20 @@ def _forms(report: Report) -> list[str]:
         if rows:
             lines += [f"## {form.value}: {form.meaning}", "", *row_table(rows)]
     return lines
+
+
+def _tokens(report: Report) -> list[str]:
+    if not report.tokens:
+        return []
+    headings = ("operator", "size", "dtype", "contender", "MB", "median us", "p10", "p90", "rounds", "GB/s", "x naive", "x best eager", "x compile")
+    cells = [
+        (
+            row.operator, row.size, row.dtype, row.provider, f"{row.bytes / 1e6:.1f}", microseconds(row.timing), f"{row.timing.p10_us:.0f}", f"{row.timing.p90_us:.0f}", row.timing.rounds, f"{row.gbps:.1f}",
+            *((bold_below_one if row.provider == Provider.OURS.value else times)(ratio) for ratio in (row.vs_naive, row.vs_best_eager, row.vs_compile)),
+        )  # fmt: skip
+        for row in report.tokens
+    ]
+    return ["## Tokens: choices, scores and errors of calibration", "", *table(headings, cells)]
 
 
 def _dispatch(report: Report) -> list[str]:
@@ -212,6 +228,6 @@ def bold_below_one(ratio: float | None) -> str:
 
 
 def _timings(report: Report) -> list[Timing]:
-    rows = (*report.forms, *report.dispatch, *(report.flagship.rows if report.flagship else ()))
+    rows = (*report.forms, *report.dispatch, *report.tokens, *(report.flagship.rows if report.flagship else ()))
     steps = [timing for row in report.session for timing in (row.full, row.reuse, row.begin, row.generation) if timing is not None]
     return [row.timing for row in rows] + steps

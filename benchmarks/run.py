@@ -1,6 +1,6 @@
 """Measure everything and write bench.json, bench.md and roofline.png.
 
-    python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session] [--quick]
+    python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|tokens] [--quick]
 """
 import argparse
 import time
@@ -21,8 +21,9 @@ from benchmarks.report import Report, write_report
 from benchmarks.roofline import draw_roofline
 from benchmarks.session import SESSION_SIZES, TINY_SESSION, SessionSize, measure_session
 from benchmarks.timing import Effort
+from benchmarks.tokens import TokenCase, measure_tokens, token_cases
 
-PARTS = ("flagship", "dispatch", "session", "forms")
+PARTS = ("flagship", "dispatch", "session", "tokens", "forms")
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class Programme:
     caches: int = CACHES
     max_copies: int = MAX_COPIES
     dispatch_calls: int = CALLS
+    token_cases: tuple[TokenCase, ...] = tuple(token_cases())
+    tokens: Effort = Effort(0.5, 5, 60)
 
 
 FULL = Programme()
 _ONCE = Effort(0.0, 3, 3)
-QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, seconds=60.0, caches=1, max_copies=2, dispatch_calls=20)
+QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, seconds=60.0, caches=1, max_copies=2, dispatch_calls=20, token_cases=tuple(token_cases((24,), (24,), 64, 4, 2)), tokens=_ONCE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = False, device: torch.device = torch.device("cpu")) -> Report:
     """Measure the parts; the copy bandwidth before and after the forms."""
     begun, at_start = time.perf_counter(), machine(device)
-    flagship, dispatch, session, rows, absent = None, (), (), (), ()
+    flagship, dispatch, session, tokens, rows, absent, tokens_absent = None, (), (), (), (), (), ()
     with kept_heap() as heap_kept:
         say("copy bandwidth")
         bursts = [measure_bandwidth(device, programme.bandwidth, programme.caches)]
@@ -83,12 +86,14 @@ def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = Fal
             dispatch = measure_dispatch(device, programme.dispatch, programme.dispatch_calls)
         if "session" in parts:
             session = measure_session(programme.session, programme.session_sizes, lambda name: say(f"session: {name}"))
+        if "tokens" in parts:
+            tokens, tokens_absent = measure_tokens(programme.token_cases, device, programme.tokens, programme.providers, say)
         if "forms" in parts:
             rows, absent = measure_forms(programme, device, begun + programme.seconds)
             bursts.append(measure_bandwidth(device, programme.bandwidth, programme.caches))
     copy_gbps = ceiling(bursts, torch.get_num_threads())
     rows = tuple(row.against(copy_gbps) for row in rows)
-    return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, absent, dispatch, session)
+    return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, (*absent, *tokens_absent), dispatch, session, tokens)
 
 
 def measure_forms(programme: Programme, device: torch.device, deadline: float) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:
