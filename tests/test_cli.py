@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 from typer.testing import CliRunner
 
 import fastcache.cli.main
+from fastcache import backends
 from fastcache.cli.app import app
 from fastcache.studies.comparison import SETTINGS, Sampler
 from fastcache.studies.demo import run_demo
@@ -20,6 +21,7 @@ from fastcache.models.checkpoint import Checkpoint, write_checkpoint
 from fastcache.policies import FORA
 from fastcache.studies.quality import run_quality
 from fastcache.schedule import Schedule
+from fastcache.verify import FORMS, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -179,3 +181,28 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(monkeypatch)
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(SystemExit, match=r"pip install 'fastcache-dit\[demo\]'"):
         fastcache.cli.main.main()
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor_says_which_backend_runs_each_operator_and_why_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = run("doctor").splitlines()
+    for operator in backends.library.OPERATORS:
+        row = next(line for line in lines if line.startswith(f"│ {operator} "))
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells[1] == backends.chosen_name(torch.device("cpu"), operator=operator)
+        for name, cell in zip(backends.NAMES, cells[-4:], strict=True):
+            has, runs = operator in backends.IMPLEMENTS[name], backends.status()[name].available
+            assert cell == ("no kernel of it" if not has else "yes" if runs else "cannot run here")
+
+
+def test_every_operator_has_a_form_that_doctor_verifies() -> None:
+    assert {form.operator.__name__ for form in FORMS.values()} == set(backends.library.OPERATORS)
+
+
+def test_verification_passes_here_and_says_nothing_of_backends_without_a_kernel() -> None:
+    verdicts = list(verify(torch.device("cpu")))
+    assert verdicts and all(verdict.passed for verdict in verdicts), [verdict for verdict in verdicts if not verdict.passed]
+    assert all(verdict.operator in backends.IMPLEMENTS[verdict.backend] for verdict in verdicts)

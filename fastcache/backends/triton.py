@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcache.backends import checks
 from fastcache.backends.index_flags import error_flag
+from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
 from fastcache.backends.triton_config import row_config, sum_config
 from fastcache.backends.tuning import row_bucket, term_bucket, tuned
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
