@@ -1,4 +1,4 @@
-# make demo: sample pictures with FORA and see what it saves. make test: build and run every test.
+# make demo: sample pictures with and without caching and see what it saves. make test: build and run every test.
 # Each makes .venv, installs pinned dependencies and builds the kernels first (make env).
 
 PYTHON ?= python3

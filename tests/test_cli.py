@@ -138,17 +138,21 @@ def test_sample_refuses_what_it_does_not_know(tmp_path, checkpoint, arguments, m
 
 def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("fastcache.studies.demo.PICTURES", range(6))
-    report = run_demo(tmp_path, rounds=1, sampler=Sampler(steps=5, batch_size=2))
-    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "steps.png", "report.json"}
+    report = run_demo(tmp_path, rounds=1, sampler=Sampler(steps=8, batch_size=3))
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "steps.png", "tokens.png", "report.json"}
     written = json.loads((tmp_path / "report.json").read_text())
     assert [row["setting"] for row in written["rows"]] == [setting.name for setting in SETTINGS]
     uncached, *cached = report.rows
     assert uncached.speedup == 1 and uncached.psnr_db is None and uncached.feature_bytes == 0
     for row in cached:
-        assert len(row.batch_seconds) == 3
-        assert row.steps["reuse"].ops < row.steps["full"].ops
+        assert len(row.batch_seconds) == 2
+        assert len(row.steps) > 1
         assert row.feature_bytes > 0 and row.psnr_db > 10
         assert row.quotient == pytest.approx(row.speedup / row.ideal_speedup)
+    steps = {row.setting: row.steps for row in cached}
+    assert {"full", "partial", "skip"} == set(steps["DuCa interval 3"]) and "partial" in steps["ToCa interval 3"] and "forecast" in steps["TaylorSeer interval 5"]
+    for name, kind in (("FORA interval 3", "reuse"), ("DuCa interval 3", "skip"), ("TaylorSeer interval 5", "forecast")):
+        assert steps[name][kind].ops < steps[name]["full"].ops
 
 
 def test_quality_keeps_the_pictures_of_finished_settings(tmp_path, monkeypatch):

@@ -237,7 +237,7 @@ def test_the_order_of_the_papers_is_recognised():
     checks = order_checks(four(FORA=(4, 20), ToCa=(3, 25), DuCa=(2, 30), TaylorSeer=(1, 35)), {}, np.zeros((0, 2)))
     assert [check.metric for check in checks] == [FRECHET.name, PSNR.name] and all(check.holds for check in checks)
     assert all(line.endswith("as expected") and "not" not in line for line in order_lines(checks))
-    assert order_lines(checks)[0].startswith("interval 3, Frechet distance: TaylorSeer 1.000 (ideal 2.00x) > DuCa")
+    assert order_lines(checks)[0].startswith("interval 3, Frechet distance, best first: TaylorSeer 3: 1.000 (ideal 2.00x), DuCa 3: 2.000")
 
 
 def test_the_report_tells_where_the_expected_order_fails():
@@ -248,8 +248,14 @@ def test_the_report_tells_where_the_expected_order_fails():
     assert lines[1].endswith("not as expected: ToCa better than DuCa")
 
 
-def test_only_usual_settings_are_ranked_and_only_where_two_methods_meet():
-    rows = [row("FORA 2", "FORA", interval=2), row("SmoothCache 2x", "SmoothCache", interval=None), row("TaylorSeer 2 order 1", "TaylorSeer", interval=2, usual=False)]
+def test_the_usual_setting_stands_for_its_method_or_another_one_where_it_was_not_measured():
+    rows = [row("FORA 2", "FORA", interval=2), row("TaylorSeer 2 order 1", "TaylorSeer", interval=2, usual=False), row("TaylorSeer 2 order 4", "TaylorSeer", interval=2)]
+    settings = lambda rows: {place.setting for place in order_checks(rows, {}, np.zeros((0, 2)))[0].ranking}  # noqa: E731
+    assert settings(rows) == {"FORA 2", "TaylorSeer 2 order 4"} and settings(rows[:2]) == {"FORA 2", "TaylorSeer 2 order 1"}
+
+
+def test_methods_are_ranked_only_where_two_meet():
+    rows = [row("FORA 2", "FORA", interval=2), row("SmoothCache 2x", "SmoothCache", interval=None), row("TaylorSeer 3", "TaylorSeer")]
     assert order_checks(rows, {}, np.zeros((0, 2))) == []
     assert order_lines([]) == ["no interval at which two methods were measured"]
 

@@ -19,17 +19,21 @@ def draw_frontier(report: "FrontierReport", path: Path) -> None:
     with needs_extra("demo"):
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
     matplotlib.use("Agg", force=False)
     figure = Figure(figsize=(13, 4.4 * len(METRICS)), layout="constrained")
-    axes = figure.subplots(len(METRICS), len(SPEEDS), squeeze=False, sharey="row")
+    axes = figure.subplots(len(METRICS), len(SPEEDS), squeeze=False, sharex=True, sharey="row")
     for line, metric in zip(axes, METRICS, strict=True):
         for axis, (speed, at) in zip(line, SPEEDS.items(), strict=True):
             shown = [row for row in report.rows if metric is not PSNR or row.method != UNCACHED.name]
             _points(axis, shown, [at(row) for row in shown], metric, report.fronts[speed][metric.name])
             axis.set_xlabel(f"{speed} speedup")
+            axis.tick_params(labelbottom=True)
             if metric is FRECHET:
                 axis.axhline(report.floor, color="#888888", linestyle=":", linewidth=1, label=f"real pictures ({report.floor:.3f})")
                 axis.set_yscale("log")
+                for of in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    of(FuncFormatter(lambda value, _: f"{value:g}"))
         if metric is FRECHET:
             line[0].invert_yaxis()  # and with it the axes that share it
         line[0].set_ylabel(f"{metric.label} (up is better)")
@@ -49,7 +53,9 @@ def _points(axis: Any, rows: Sequence[FrontierRow], speeds: Sequence[float], met
     if on_front:
         across, up, _ = zip(*on_front, strict=True)
         axis.step(across, up, where="pre", color="#555555", linewidth=1, label="Pareto front", zorder=2)
+    from matplotlib.patheffects import withStroke
+
     for number, (x, y, name) in enumerate(on_front):
-        axis.annotate(name, (x, y), xytext=(4, 7 if number % 2 else -12), textcoords="offset points", fontsize=6.5, color="#333333", zorder=4)
+        axis.annotate(name, (x, y), xytext=(4, 7 if number % 2 else -12), textcoords="offset points", fontsize=6.5, color="#222222", zorder=4, path_effects=[withStroke(linewidth=2, foreground="white")])
     axis.margins(x=0.1, y=0.1)
     axis.grid(alpha=0.25)

@@ -86,14 +86,17 @@ def fronts(rows: Sequence[FrontierRow]) -> dict[str, dict[str, list[str]]]:
 
 
 def order_checks(rows: Sequence[FrontierRow], features: Mapping[str, np.ndarray], real: np.ndarray) -> list[OrderCheck]:
-    """A check for every interval at which two methods or more have their usual setting, and for FID and PSNR.
+    """A check for every interval at which two methods or more were measured, by Frechet distance and by PSNR.
 
+    A method is represented by its usual setting, or by the first one if that was not measured.
     features: of a setting's pictures [n, 64], for the noise of Frechet distances; may lack settings.
     """
-    usual = [row for row in rows if row.usual and row.method in EXPECTED and row.interval is not None]
+    ranked = [row for row in rows if row.method in EXPECTED and row.interval is not None]
     checks = []
-    for interval in sorted({row.interval for row in usual}):
-        at = {row.method: row for row in usual if row.interval == interval}
+    for interval in sorted({row.interval for row in ranked}):
+        at: dict[str, FrontierRow] = {}
+        for row in sorted((row for row in ranked if row.interval == interval), key=lambda row: not row.usual):
+            at.setdefault(row.method, row)
         if len(at) < 2:
             continue
         for metric in (FRECHET, PSNR):

@@ -54,7 +54,7 @@ DEFAULT_GRID: tuple[FrontierSetting, ...] = (
     UNCACHED,
     *(FrontierSetting(f"FORA {n}", "FORA", FORA(interval=n), n, usual=True) for n in (2, 3, 5)),
     *_token_settings(ToCa),
-    # the authors' ratio refreshes no token in the first half of sampling; this one a quarter of them throughout
+    # the authors' ratio refreshes no token in the first quarter of the steps; this one a quarter of them throughout
     FrontierSetting("ToCa 3 constant 0.25", "ToCa", ToCa(fresh_threshold=3, fresh_ratio=0.25, ratio_scheduler="constant"), 3),
     *_token_settings(DuCa),
     *(FrontierSetting(f"TaylorSeer {n} order {order}", "TaylorSeer", TaylorSeer(interval=n, max_order=order), n, usual=order == 4) for n in (3, 5, 4, 6) for order in (4, 2, 1)),

@@ -81,8 +81,8 @@ def order_lines(checks: Sequence[OrderCheck]) -> list[str]:
 
 def _order_line(check: OrderCheck) -> str:
     metric = next(metric for metric in METRICS if metric.name == check.metric)
-    ranking = " > ".join(f"{place.method} {metric.text.format(place.value)} (ideal {place.ideal_speedup:.2f}x)" for place in check.ranking)
-    line = f"interval {check.interval}, {metric.label}: {ranking}: "
+    ranking = ", ".join(f"{place.setting}: {metric.text.format(place.value)} (ideal {place.ideal_speedup:.2f}x)" for place in check.ranking)
+    line = f"interval {check.interval}, {metric.label}, best first: {ranking}; "
     if check.holds:
         return line + "as expected"
     pairs = [f"{worse} better than {better}" + (" (within noise)" if (better, worse) in check.within_noise else "") for better, worse in check.broken]

@@ -35,7 +35,7 @@ def _report(plan: FrontierPlan, judge: Judge) -> FrontierReport:
     found = {planned.setting.name: plan.store.row(planned.setting.slug, planned.fingerprint) for planned in plan.grid}
     rows = [row for row in found.values() if row is not None]
     missing = [name for name, row in found.items() if row is None]
-    features = {planned.setting.name: plan.store.features(planned.setting.slug) for planned in plan.grid if planned.setting.usual and found[planned.setting.name] is not None}
+    features = {planned.setting.name: plan.store.features(planned.setting.slug) for planned in plan.grid if planned.setting.interval is not None and found[planned.setting.name] is not None}
     return report_of(plan.options.sampler, plan.options.pictures, rows, missing, judge, features)
 
 
