@@ -28,10 +28,13 @@ class Slot:
 
 
 class FeatureStore:
-    """The last `depth` features of every branch, newest first (one store per call of a step)."""
+    """The last `depth` features of every branch, newest first (one store per call of a step).
 
-    def __init__(self, depth: int = 1) -> None:
-        self._depth = depth
+    dtype: of the buffers that we own, None = that of the feature.
+    """
+
+    def __init__(self, depth: int = 1, dtype: torch.dtype | None = None) -> None:
+        self._depth, self._dtype = depth, dtype
         self._slots: dict[int, deque[Slot]] = {}
 
     def __contains__(self, branch: int) -> bool:
@@ -50,9 +53,10 @@ class FeatureStore:
         The oldest feature's buffer is taken where the history is full and the shape is that of `like`.
         """
         history = self._slots.get(branch, ())
-        if len(history) == self._depth and history[-1].owned and _alike(history[-1].tensor, like):
+        dtype = self._dtype or like.dtype
+        if len(history) == self._depth and history[-1].owned and _alike(history[-1].tensor, like, dtype):
             return self._push(branch, Slot(history[-1].tensor, True, step, None))
-        return self._push(branch, Slot(torch.empty_like(like, memory_format=torch.contiguous_format), True, step, None))
+        return self._push(branch, Slot(torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format), True, step, None))
 
     def own(self, branch: int) -> Slot:
         """The newest feature of `branch`, in a buffer that may be written.
@@ -102,7 +106,7 @@ class FeatureStore:
 
     def _push(self, branch: int, slot: Slot) -> Slot:
         history = self._slots.setdefault(branch, deque())
-        if history and not _alike(history[0].tensor, slot.tensor):
+        if history and not _alike(history[0].tensor, slot.tensor, slot.tensor.dtype):
             history.clear()  # of another batch, resolution or dtype
         history.appendleft(slot)
         while len(history) > self._depth:
@@ -114,5 +118,5 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    return a.shape == b.shape and a.dtype == dtype and a.device == b.device

@@ -30,6 +30,7 @@ def accelerate(
     calls_per_step: int | None = None,
     keep: bool = False,
     own_features: bool = False,
+    feature_dtype: torch.dtype | None = None,
     compile: bool = False,
     count_ops: bool = True,
     record_tokens: bool = False,
@@ -50,27 +51,32 @@ def accelerate(
         keep: keep the features when a generation ends (they are freed otherwise).
         own_features: copy features into buffers of ours instead of keeping references; for
             bodies that return the same memory at each call.
-        compile: compile the branch bodies (at most one graph per kind of body).
+        feature_dtype: store features in float16 or bfloat16 (or float32), in buffers of ours: half
+            the memory and traffic of float32 ones, at one rounding.
+        compile: compile the branch bodies (at most one graph per kind of body); a self-attention
+            that gives tokens their scores runs as it is.
         count_ops: count the operators of the first step of each kind, for the summary.
         record_tokens: keep which tokens every step recomputed (Session.tokens); waits for the device.
         host: adapter class for a model of an unknown family.
 
     Raises HostError for an unknown model, ScheduleError for a plan that does not fit it.
     """
-    return Session(model, policy, num_steps, calls_per_step=calls_per_step, keep=keep, own_features=own_features, compile=compile, count_ops=count_ops, record_tokens=record_tokens, host=host)
+    return Session(model, policy, num_steps, calls_per_step=calls_per_step, keep=keep, own_features=own_features, feature_dtype=feature_dtype, compile=compile, count_ops=count_ops, record_tokens=record_tokens, host=host)
 
 
 class Session:
     """One accelerated model. Made by `accelerate`."""
 
     def __init__(
-        self, model: nn.Module, policy: Policy | Schedule, num_steps: int | None, *, calls_per_step: int | None = None, keep: bool = False, own_features: bool = False, compile: bool = False,
-        count_ops: bool = True, record_tokens: bool = False, host: type[Host] | None = None, observer: Observer | None = None, history: int = 1,
+        self, model: nn.Module, policy: Policy | Schedule, num_steps: int | None, *, calls_per_step: int | None = None, keep: bool = False, own_features: bool = False, feature_dtype: torch.dtype | None = None,
+        compile: bool = False, count_ops: bool = True, record_tokens: bool = False, host: type[Host] | None = None, observer: Observer | None = None, history: int = 1,
     ) -> None:
         """As `accelerate`; observer is called after every model call with (step, call, features of
         every branch, newest first), of which at least `history` are kept."""
         if calls_per_step not in (None, 1, 2):
             raise ValueError(f"calls_per_step: expected 1, 2 or None (find out), got {calls_per_step!r}")
+        if feature_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"feature_dtype: expected float32, float16, bfloat16 or None (the host's own), got {feature_dtype!r}")
         self.host = recognise(model) if host is None else host(model)
         self._policy = policy
         self._declared_calls = self._calls_per_step = calls_per_step
@@ -79,7 +85,7 @@ class Session:
         self._record_tokens = record_tokens
         self._observer, self._history = observer, history
         self.tokens: dict[int, dict[int, Tensor]] = {}
-        self._trunk = Trunk(self.host, own_features=own_features, compile=compile)
+        self._trunk = Trunk(self.host, own_features=own_features, feature_dtype=feature_dtype, compile=compile)
         self._recorder = Recorder()
         self._installed: list[Installation] = []
         self._thread: int | None = None
@@ -229,6 +235,7 @@ class Session:
         if kind is None:
             done = self._trunk.close()
             self._recorder.recomputed += done.recomputed
+            self._recorder.table_bytes = max(self._recorder.table_bytes, self._trunk.bank_nbytes)
             self._recorder.bytes_held = max(self._recorder.bytes_held, self._trunk.nbytes)
             planned = done.kind
             self._observe()

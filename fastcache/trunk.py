@@ -10,6 +10,7 @@ from torch.nn.modules import module as torch_module
 from fastcache.deferred import Deferred
 from fastcache.features import FeatureStore
 from fastcache.forecast import forecast_weights
+from fastcache.gate_bank import GateBank
 from fastcache.hosts import Host, HostBranch
 from fastcache.modulation import ModulationTable
 from fastcache.ops import SlotMap
@@ -23,10 +24,14 @@ TRUNK = -1  # feature index of the trunk's output, kept for skipped steps
 
 @dataclass(frozen=True)
 class Vectors:
-    """Modulation of one block: [B, V, D] of the host, gates alone, or a row range of the table."""
+    """Modulation of one block: [B, V, D] of the host, gates alone, or rows of a table.
+
+    bank [L * G, B, D]: gates of all blocks; this block's begin at row `first`.
+    """
 
     every: Tensor | None = None
     gates: list[Tensor | None] | None = None
+    bank: Tensor | None = None
     table: Tensor | None = None
     first: int = 0
 
@@ -42,6 +47,8 @@ class Vectors:
             return None, None
         if self.table is not None:
             return self.table, self.first + branch.gate
+        if self.bank is not None:
+            return self.bank, self.first + number
         return (self.gates[number] if self.every is None else self.every[:, branch.gate]), None
 
 
@@ -56,14 +63,15 @@ class Done:
 class Trunk:
     """Runs blocks branch by branch over a ResidualStream, storing and reusing features."""
 
-    def __init__(self, host: Host, *, own_features: bool, compile: bool) -> None:
+    def __init__(self, host: Host, *, own_features: bool, feature_dtype: torch.dtype | None, compile: bool) -> None:
         self._host = host
-        self._own, self._compile = own_features, compile
+        self._own, self._dtype, self._compile = own_features or feature_dtype is not None, feature_dtype, compile
         self._blocks = host.blocks
         self._layout = host.layout()
         self._programs = [host.branches(block) for block in self._blocks]
         self._indices = [[index for index, _ in self._layout.branches_of(number)] for number in range(len(self._blocks))]
         self._bodies = [[compiled_body(branch.body) if compile else branch.body for branch in program] for program in self._programs]
+        self._bank = GateBank(host)
         self._stores: dict[int, FeatureStore] = {}
         self._selectors: dict[int, TokenSelector] = {}
         self._stream: ResidualStream | None = None
@@ -83,6 +91,11 @@ class Trunk:
     def nbytes(self) -> int:
         """Bytes of stored features, all calls of a step together."""
         return sum(store.nbytes for store in self._stores.values())
+
+    @property
+    def bank_nbytes(self) -> int:
+        """Bytes of gate weights that were copied together."""
+        return self._bank.nbytes
 
     def clear(self) -> None:
         """Free every feature and forget the stream."""
@@ -104,7 +117,7 @@ class Trunk:
     def open(self, plan: StepPlan, step: int, call: int, table: ModulationTable | None) -> None:
         """Begin a model call that follows `plan`."""
         self._plan, self._step = plan, step
-        self._store = self._stores.setdefault(call, FeatureStore(self._depth))
+        self._store = self._stores.setdefault(call, FeatureStore(self._depth, self._dtype))
         self._selector = None
         if self._refreshed:
             self._selector = self._selectors.setdefault(call, TokenSelector(self._schedule.selection, sorted(self._refreshed)))
@@ -191,8 +204,11 @@ class Trunk:
 
     def _queue_forecast(self, stream: ResidualStream, index: int, order: int, gate: Tensor | None, row: int | None) -> None:
         """Queue the forecast as one term per stored feature, weighted on the host."""
-        steps = self._store.steps(index)
-        for back, weight in enumerate(forecast_weights(self._step, steps, min(order, len(steps) - 1))):
+        steps = tuple(self._store.steps(index))
+        weights = self._memo.get((steps, order))  # the same for most branches of a step
+        if weights is None:
+            weights = self._memo[steps, order] = forecast_weights(self._step, steps, min(order, len(steps) - 1))
+        for back, weight in enumerate(weights):
             stream.add(self._store.feature(index, back), gate, gate_row=row, weight=weight)
 
     def _capacity(self, action: Action) -> int:
@@ -254,8 +270,17 @@ class Trunk:
             return Vectors(table=self._table_row, first=number * self._host.vectors)
         block = self._blocks[number]
         if not any(self._runs_body(self._plan.actions[index]) for index in self._indices[number]):
-            return Vectors(gates=self._host.gates(block, condition, self._memo))
+            return self._gates_alone(number, block, condition)
         return Vectors(every=self._host.modulation(block, condition))
+
+    def _gates_alone(self, number: int, block: torch.nn.Module, condition: Tensor) -> Vectors:
+        """Gates of a block that runs no body: from the bank of all blocks, which share a condition, or its own."""
+        known, bank = self._memo.get("bank", (None, None))
+        if known is None and len(self._plan.run_blocks) > 1:
+            known, bank = self._memo["bank"] = condition, self._bank.gates(condition)
+        if known is condition and bank is not None:
+            return Vectors(bank=bank, first=number * (bank.shape[0] // len(self._blocks)))
+        return Vectors(gates=self._host.gates(block, condition, self._memo))
 
     @staticmethod
     def _runs_body(action: Action) -> bool:

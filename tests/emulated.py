@@ -21,7 +21,11 @@ from fastcache.ops import ResidualUpdate
 from processes import ROOT
 
 EMULATOR = ROOT / "tests" / "emulator"
-SHARED = ("csrc/arguments.cpp", "csrc/checks.cpp", "csrc/overlap.cpp", "csrc/cuda/residual_update.cpp", "csrc/cuda/parameters.cpp", "csrc/cuda/tuning.cpp", "tests/emulator/runtime.cpp", "csrc/cuda/errors.cu")
+TOKENS = ("select_tokens", "row_score", "relative_error")
+SHARED = (
+    *(f"csrc/{name}.cpp" for name in ("arguments", "boxed", "checks", "token_checks", "overlap")), "csrc/cuda/residual_update.cpp", "csrc/cuda/parameters.cpp", "csrc/cuda/tuning.cpp", "csrc/cuda/errors.cu",
+    *(f"csrc/cuda/{name}.{kind}" for name in TOKENS for kind in ("cpp", "cu")), "tests/emulator/runtime.cpp",
+)
 TYPES = ("float32", "float16", "bfloat16")
 TORCH = Path(torch.__file__).parent
 

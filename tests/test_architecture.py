@@ -10,7 +10,7 @@ ROOT = Path(fastcache.__file__).parent
 # from the bottom up; a name stands for a module or a package
 LAYERS = (
     {"errors", "extras", "forecast", "kernels"}, {"backends"}, {"ops"}, {"stream"}, {"features"}, {"drawing", "editing", "published", "schedule"}, {"policies"}, {"hosts"},
-    {"deferred", "index_check", "installation", "modulation", "report", "selector", "tap"}, {"trunk"}, {"session"}, {"calibration", "calibration_drawing", "calibration_run", "compat"}, {"environment", "metrics", "models", "verify"}, {"glyphs", "sampling"}, {"studies"}, {"cli"},
+    {"deferred", "gate_bank", "index_check", "installation", "modulation", "report", "selector", "tap"}, {"trunk"}, {"session"}, {"calibration", "calibration_drawing", "calibration_run", "compat"}, {"environment", "metrics", "models", "verify"}, {"glyphs", "sampling"}, {"studies"}, {"cli"},
 )
 
 

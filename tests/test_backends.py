@@ -3,6 +3,7 @@ import asyncio
 import contextvars
 import os
 import threading
+import types
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastcache
 from cases import BACKENDS, FORMS, Form, assert_same_bits, build, each_backend, each_form
 from fastcache import BackendError, backends, use_backend
+from fastcache.backends import eager
 from fastcache.ops import residual_update
 from processes import fails, succeeds
 
@@ -94,19 +96,19 @@ def device_that_checks(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 @BUILT
 def test_a_backend_that_disagrees_with_eager_is_not_used_and_a_warning_says_so(device_that_checks: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device: "x differs by 3")
+    monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device, operator: "x differs by 3")
     assert backends.choose(device_that_checks, torch.float32).__name__ == MODULES["eager"]
     assert backends.chosen_name(device_that_checks) == "eager"
-    assert caplog.messages == ["backend cpp disagrees with eager on xpu and will not be used: x differs by 3"]
+    assert caplog.messages == ["backend cpp disagrees with eager on xpu and will not run residual_update: x differs by 3"]
 
 
 @BUILT
 def test_a_backend_that_agrees_is_checked_once_and_used(device_that_checks: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[torch.device] = []
-    monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device: checked.append(device))
+    monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device, operator: checked.append((device, operator)))
     for _ in range(3):
         assert backends.choose(device_that_checks, torch.float32).__name__ == MODULES["cpp"]
-    assert checked == [device_that_checks]
+    assert checked == [(device_that_checks, "residual_update")]
 
 
 # --- float64 ----------------------------------------------------------------------------------
@@ -247,3 +249,21 @@ def test_an_unavailable_name_in_the_environment_is_an_error_with_its_reason() ->
 def test_a_forced_backend_gives_the_same_bits_as_the_same_backend_unforced() -> None:
     call, other = build(FORMS["refresh-all"]), build(FORMS["refresh-all"])
     assert_same_bits(call.run("cpp"), other.call_public())
+
+
+# --- the check that a GPU backend makes of itself ----------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", backends.library.OPERATORS)
+def test_a_self_check_finds_an_operator_that_is_slightly_wrong(operator: str) -> None:
+    wrong = types.SimpleNamespace(**{name: getattr(eager, name) for name in backends.library.OPERATORS})
+    assert backends.selfcheck.disagreement(wrong, torch.device("cpu"), operator) == ""
+
+    def shifted(*args: object, **kwargs: object) -> object:
+        outputs = getattr(eager, operator)(*args, **kwargs)
+        first, *rest = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        first.view(-1)[-1] += 1
+        return first if isinstance(outputs, torch.Tensor) else (first, *rest)
+
+    setattr(wrong, operator, shifted)
+    assert backends.selfcheck.disagreement(wrong, torch.device("cpu"), operator)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the
 BF16, FP32 = "Type::kBFloat16", "Type::kFloat32"
 REPRESENTATIVE = {
     "sum bf16": ("sum_kernel", (BF16, "true", 8, 4, 64), 128),
+    "sum bf16, two rows": ("sum_kernel", (BF16, "true", 8, 2, 64), 128),
     "sum bf16, few rows": ("sum_kernel", (BF16, "true", 8, 1, 64), 64),
     "sum bf16, other features": ("sum_kernel", (BF16, "false", 8, 4, 64), 128),
     "sum bf16, 1024 terms": ("sum_kernel", (BF16, "true", 8, 4, 1024), 128),
@@ -144,5 +145,5 @@ def test_the_cuda_library_builds_and_links_against_any_pytorch(tmp_path) -> None
     unstable = [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)|cuda[A-Z]", name)]
     assert not unstable, "cudart is linked statically, PyTorch through its stable interface"
     exported = {line.split()[-1] for line in run(["nm", "-D", "--defined-only", built]).splitlines()}
-    assert {"fastcache_schema_digest", "fastcache_cuda_error_flag"} <= exported
+    assert {"fastcache_schema_digest", "fastcache_cuda_error_flag", "fastcache_cuda_tuning_version", "fastcache_cuda_configs", "fastcache_cuda_tune", "fastcache_cuda_untune"} <= exported
     assert not [name for name in exported if "9fastcache" in name], "kernels and launchers are hidden"

@@ -76,6 +76,20 @@ def test_owned_features_give_the_same_and_a_ring_takes_its_oldest_buffer_again()
     assert owned.summary().bytes_held == 6 * 3 * one and borrowed.summary().bytes_held <= 6 * 3 * one
 
 
+@pytest.mark.parametrize("policy", [fastcache.TaylorSeer(interval=3, max_order=2), fastcache.ToCa(3, 0.3), fastcache.FORA(3)], ids=lambda policy: type(policy).__name__)
+def test_features_stored_in_half_precision_take_half_the_memory(backend, policy) -> None:
+    model = small_dit()
+    with fastcache.accelerate(model, policy, 20, own_features=True) as wide:
+        expected = run(model, 20)
+    with fastcache.accelerate(model, policy, 20, feature_dtype=torch.bfloat16) as narrow:
+        found = run(model, 20)
+    assert narrow.summary().bytes_held * 2 == wide.summary().bytes_held
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    assert 0 < max(errors) < (0.5 if isinstance(policy, fastcache.ToCa) else 0.05), errors  # ToCa: a few tokens are chosen differently
+    with pytest.raises(ValueError, match="feature_dtype: expected float32, float16, bfloat16"):
+        fastcache.accelerate(model, policy, 20, feature_dtype=torch.int8)
+
+
 def test_a_skipped_step_runs_no_block_and_gives_the_hidden_state_before_it() -> None:
     model, policy = small_dit(), fastcache.DuCa(fresh_threshold=3, fresh_ratio=0.3)
     hidden, ran = [], []
@@ -261,14 +275,16 @@ def test_a_partial_step_stays_within_its_budget(policy, per_block: int) -> None:
     schedule, counts = operators_by_step(policy)
     partial = [count for step, count in zip(schedule.steps, counts, strict=True) if step.kind == "partial"]
     assert max(partial) <= DEPTH * per_block + 60, max(partial)
-    assert min(partial) <= 60 + DEPTH * 2  # a step whose shares come to no token recomputes nothing
+    assert min(partial) <= 60  # a step whose shares come to no token recomputes nothing
 
 
+@pytest.mark.parametrize("announced", [False, True])
 @pytest.mark.parametrize("policy", [fastcache.FORA(3), fastcache.DuCa(3, 0.05), fastcache.TaylorSeer(4, 4)], ids=str)
-def test_a_cached_step_without_fresh_tokens_stays_within_its_budget(policy) -> None:
+def test_a_cached_step_without_fresh_tokens_stays_within_its_budget(policy, announced: bool) -> None:
     model, steps = deep_dit(), 20
     with fastcache.accelerate(model, policy, steps, count_ops=False) as session, torch.no_grad():
-        session.begin(timesteps=torch.arange(steps, 0, -1).float(), conditions={"y": inputs(0)[2]})
+        if announced:
+            session.begin(timesteps=torch.arange(steps, 0, -1).float(), conditions={"y": inputs(0)[2]})
         for step, plan in enumerate(session.schedule.steps):
             x, _, y = inputs(step % STEPS, size=16)
             with OperatorCount() as counter:

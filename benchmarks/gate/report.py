@@ -23,8 +23,11 @@ TARGETS = {"trunk": 0.87, "update": 0.87, "update-modulate": 0.82, "modulate": 0
 LARGE = 60e6
 
 
-class NoResults(Exception):
-    """There is nothing to draw, or it cannot be used."""
+NOTHING = "no GPU result is committed yet, so there is nothing to draw: run benchmarks/gpu_gate.sh on a machine with a GPU and commit its JSON as benchmarks/results/<device>-<date>.json"
+
+
+class BadResults(Exception):
+    """A file among the results is none."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,18 @@ class Point:
 
 
 def runs(folder: Path) -> dict[str, dict]:
-    """The committed runs by name. Raises NoResults where there is none, or a file is not one."""
+    """The committed runs by name. Raises BadResults for a file that is none."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
         except ValueError as reason:
-            raise NoResults(f"{path.name}: is not JSON ({reason})") from reason
+            raise BadResults(f"{path.name}: is not JSON ({reason})") from reason
         if not isinstance(content, dict) or content.get("format") != FORMAT or "stages" not in content:
-            raise NoResults(f"{path.name}: expected a result of benchmarks/gpu_gate.sh of format {FORMAT}")
+            raise BadResults(f"{path.name}: expected a result of benchmarks/gpu_gate.sh of format {FORMAT}")
         if content["dry_run"]:
-            raise NoResults(f"{path.name}: is a dry run, which measures nothing; remove it from the results")
+            raise BadResults(f"{path.name}: is a dry run, which measures nothing; remove it from the results")
         found[path.stem] = content
-    if not found:
-        raise NoResults("no GPU result is committed yet: run benchmarks/gpu_gate.sh on a machine with a GPU and commit its JSON as benchmarks/results/<device>-<date>.json")
     return found
 
 
@@ -218,8 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         found = runs(options.results)
-    except NoResults as reason:
+    except BadResults as reason:
         sys.exit(f"report: {reason}")
+    if not found:
+        print(f"report: {NOTHING}")
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     for name, content in found.items():
         drawn = draw(name, content, options.out / f"{name}.png")

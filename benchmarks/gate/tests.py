@@ -1,5 +1,6 @@
 """Stage `tests`: `pytest -m gpu tests/gpu`, counted test by test."""
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,11 @@ class Progress:
 
 
 def tests(stage: Stage) -> None:
-    """Run the tests; on a dry run they are collected and skip themselves where there is no GPU."""
+    """Run the tests. In a dry run the tests of values are rehearsed on the CPU, and the others skip themselves."""
     progress = Progress(stage)
+    if stage.dry_run:
+        os.environ["FASTCACHE_GPU_TESTS_ON_CPU"] = "1"
     parallel = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") and not stage.dry_run else []
-    # benchmark and random-order plugins of the environment have no part in this
     code = pytest.main(["-m", "gpu", str(ROOT / "tests" / "gpu"), "-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--tb=short", *parallel], plugins=[progress])
     progress.save()
     counts = progress.counts

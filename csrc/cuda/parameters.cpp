@@ -5,12 +5,12 @@
 
 namespace fastcache::cuda {
 
-namespace {
-
 int32_t int32_of(const char* what, int64_t value) {
   if (value > INT_MAX) fail(std::string("x: at most 2^31 - 1 ") + what + " on a GPU, got " + std::to_string(value));
   return static_cast<int32_t>(value);
 }
+
+namespace {
 
 VectorRows vector_rows(const Tensor& tensor, int64_t tokens, bool packed = false) {
   if (!tensor) return {nullptr, 0, 0, 1, Type::kFloat32};
@@ -38,17 +38,6 @@ Refresh refresh_of(const Arguments& a) {
   return r;
 }
 
-// Do all runs of `width` values start where a load of them may: at a multiple of their size, up to 16 bytes?
-bool aligned(const Tensor& t, int64_t width) {
-  if (!t || t.empty()) return true;
-  const int64_t bytes = std::min<int64_t>(16, width * t.element);
-  if (reinterpret_cast<uintptr_t>(t.data) % bytes != 0) return false;
-  for (int64_t i = 0; i + 1 < t.rank; ++i) {
-    if (t.sizes[i] > 1 && t.strides[i] * t.element % bytes != 0) return false;
-  }
-  return true;
-}
-
 bool all_aligned(const Arguments& a, int64_t width) {
   if (a.x.sizes[2] % width != 0) return false;
   for (const Tensor* t : {&a.x, &a.slot, &a.fresh, &a.gates, &a.shift, &a.scale, &a.norm_weight, &a.norm_bias, &a.reference}) {
@@ -58,6 +47,16 @@ bool all_aligned(const Arguments& a, int64_t width) {
 }
 
 }  // namespace
+
+bool aligned(const Tensor& t, int64_t width) {
+  if (!t || t.empty()) return true;
+  const int64_t bytes = std::min<int64_t>(16, width * t.element);
+  if (reinterpret_cast<uintptr_t>(t.data) % bytes != 0) return false;
+  for (int64_t i = 0; i + 1 < t.rank; ++i) {
+    if (t.sizes[i] > 1 && t.strides[i] * t.element % bytes != 0) return false;
+  }
+  return true;
+}
 
 TokenRows token_rows(const Tensor& tensor) {
   if (!tensor) return {nullptr, 0, 0};

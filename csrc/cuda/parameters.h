@@ -13,6 +13,11 @@ Common common_of(const Arguments& arguments);
 
 TokenRows token_rows(const Tensor& tensor);
 
+int32_t int32_of(const char* what, int64_t value);  // throws where a GPU's 32-bit index ends
+
+// Do all runs of `width` values start where a load of them may: at a multiple of their size, up to 16 bytes?
+bool aligned(const Tensor& tensor, int64_t width);
+
 // Columns that can be read at once in all tensors of the call: 8, 4 or 1, at most 16 bytes of x.
 int width_of(const Arguments& arguments);
 

@@ -108,7 +108,7 @@ void cuda::residual_update_scatter(StableIValue* stack, uint64_t inputs, uint64_
 }  // namespace fastcache
 
 // Bits of bad values that kernels found in index tensors of this device since the last call: 1 gate_index,
-// 2 fresh_slots or row_slots. Waits for the device; -1 if it cannot be asked.
+// 2 fresh_slots or row_slots, 4 counts. Waits for the device; -1 if it cannot be asked.
 extern "C" __attribute__((visibility("default"))) int32_t fastcache_cuda_error_flag(int32_t device) {
   try {
     return fastcache::cuda::take_errors(device);

@@ -7,10 +7,11 @@
 
 The first that has a kernel of the operator runs it (`IMPLEMENTS`; `fastcache doctor` shows the gaps).
 `FASTCACHE_BACKEND=<name>` or `use_backend("<name>")` forces one for the operators it has, and fails
-where it cannot run; operators it has no kernel of go on to the next in order. float64 is the reference type and always runs in eager. While torch.compile traces, the registered
-operator is called, whose kernel is the first available one of the device. A GPU backend checks
-itself against eager before its first use on a device; if it disagrees, the next one is taken and
-a warning says so. Triton also runs on a CPU where TRITON_INTERPRET=1 is set and it is forced.
+where it cannot run; operators it has no kernel of go on to the next in order. float64 is the
+reference type and always runs in eager. While torch.compile traces, the registered operator is
+called, whose kernel is the first available one of the device. A GPU backend checks an operator
+against eager before its first use on a device; if it disagrees, the next one is taken and a warning
+says so. Triton also runs on a CPU where TRITON_INTERPRET=1 is set and it is forced.
 """
 import functools
 import importlib
@@ -34,7 +35,7 @@ ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 STREAM = frozenset({"residual_update", "residual_update_scatter_"})
 TOKENS = frozenset({"select_tokens_", "row_score", "value_norm", "relative_error"})
 ATTENTION = frozenset({"attention_received"})
-IMPLEMENTS = {"cpp": STREAM | TOKENS | ATTENTION, "cuda": STREAM, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
+IMPLEMENTS = {"cpp": STREAM | TOKENS | ATTENTION, "cuda": STREAM | TOKENS, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
 
 
 class BackendError(RuntimeError):
@@ -133,22 +134,23 @@ def _module(name: str) -> ModuleType:
 def _first_that_agrees(device: torch.device, operator: str) -> ModuleType:
     """The first available backend of a device that has the operator and agrees with eager."""
     for name in ORDER.get(device.type, ("eager",)):
-        if _STATUS[name].available and operator in IMPLEMENTS[name] and _agrees(name, device):
+        if _STATUS[name].available and operator in IMPLEMENTS[name] and _agrees(name, device, operator):
             return _module(name)
     return eager
 
 
-def _agrees(name: str, device: torch.device) -> bool:
-    """Whether a backend agrees with eager; checked once per device, and loudly refused if not."""
-    if name == "eager" or (name, device) in _AGREED:
-        return name == "eager" or _AGREED[name, device]
+def _agrees(name: str, device: torch.device, operator: str) -> bool:
+    """Whether a backend agrees with eager; checked once per operator and device, and loudly refused if not."""
+    key = (name, device, operator)
+    if name == "eager" or key in _AGREED:
+        return name == "eager" or _AGREED[key]
     if _capturing():
         return True  # nothing can be checked while a graph is captured, and nothing is remembered
     tuning.ready(device)
-    error = selfcheck.disagreement(_module(name), device)
+    error = selfcheck.disagreement(_module(name), device, operator)
     if error:
-        logger.warning("backend %s disagrees with eager on %s and will not be used: %s", name, device, error)
-    _AGREED[name, device] = not error
+        logger.warning("backend %s disagrees with eager on %s and will not run %s: %s", name, device, operator, error)
+    _AGREED[key] = not error
     return not error
 
 
@@ -183,5 +185,5 @@ def _statuses() -> dict[str, BackendStatus]:
 
 _STATUS = _statuses()
 _CHOICE = {(operator, "cpu"): native if _STATUS["cpp"].available and operator in IMPLEMENTS["cpp"] else eager for operator in library.OPERATORS}
-_AGREED: dict[tuple[str, torch.device], bool] = {}
+_AGREED: dict[tuple[str, torch.device, str], bool] = {}
 _forced: ContextVar[str | None] = ContextVar("fastcache_backend", default=_known(os.environ.get("FASTCACHE_BACKEND") or None, "FASTCACHE_BACKEND"))

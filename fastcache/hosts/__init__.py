@@ -2,7 +2,7 @@
 from torch import nn
 
 from fastcache.errors import HostError
-from fastcache.hosts.base import Host, HostBranch, unknown_model
+from fastcache.hosts.base import GateProjection, Host, HostBranch, unknown_model
 from fastcache.hosts.dit import DiTHost
 
 HOSTS: tuple[type[Host], ...] = (DiTHost,)
@@ -19,4 +19,4 @@ def recognise(model: nn.Module) -> Host:
     raise unknown_model(model, reasons)
 
 
-__all__ = ["HOSTS", "Host", "HostBranch", "recognise"]
+__all__ = ["HOSTS", "GateProjection", "Host", "HostBranch", "recognise"]

@@ -1,5 +1,6 @@
 """How a host model is described: its blocks as lists of residual branches."""
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +30,22 @@ class HostBranch:
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
     attention: bool = False
+
+
+@dataclass(frozen=True)
+class GateProjection:
+    """The part of a block's modulation that makes its gates: rows of a plain Linear after an activation."""
+
+    activation: Callable[[Tensor], Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    rows: tuple[slice, ...]  # one per branch that has a gate, of `width` rows each
+    width: int
+
+    @property
+    def share(self) -> float:
+        """Gate rows over all rows."""
+        return len(self.rows) * self.width / self.weight.shape[0]
 
 
 class Host(abc.ABC):
@@ -73,6 +90,10 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
         """Gate [B, D] of every branch, computed alone where that is safe. `memo` lives one step."""
+
+    def gate_projection(self, block: nn.Module) -> GateProjection | None:
+        """How the gates of a block are made, None if by anything but a plain projection."""
+        return None
 
     @abc.abstractmethod
     def step_conditions(self, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcache.errors import HostError, SessionError
-from fastcache.hosts.base import Host, HostBranch, is_plain, linear_flops
+from fastcache.hosts.base import GateProjection, Host, HostBranch, is_plain, linear_flops
 from fastcache.ops import Norm
 from fastcache.schedule import Branch, Layout
 
@@ -83,18 +83,25 @@ class DiTHost(Host):
     def modulation(self, block: nn.Module, condition: Tensor) -> Tensor:
         return block.adaLN_modulation(condition).unflatten(-1, (self.vectors, -1))
 
-    def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
+    def gate_projection(self, block: nn.Module) -> GateProjection | None:
         projection = block.adaLN_modulation
         if not (is_plain(projection, nn.Sequential) and len(projection) == 2 and is_plain(projection[0], nn.SiLU) and is_plain(projection[1], nn.Linear)):
-            every = self.modulation(block, condition)
-            return [every[:, row] for row in GATES]
-        activated = memo.get("silu")
-        if activated is None:
-            activated = memo["silu"] = F.silu(condition)
+            return None
         weight, bias = projection[1].weight, projection[1].bias
         width = weight.shape[0] // self.vectors
-        rows = [slice(row * width, (row + 1) * width) for row in GATES]
-        return [F.linear(activated, weight[row], None if bias is None else bias[row]) for row in rows]
+        return GateProjection(F.silu, weight, bias, tuple(slice(row * width, (row + 1) * width) for row in GATES), width)
+
+    def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
+        projection = self.gate_projection(block)
+        if projection is None:
+            every = self.modulation(block, condition)
+            return [every[:, row] for row in GATES]
+        known, activated = memo.get("silu", (None, None))
+        if known is not condition:
+            activated = projection.activation(condition)
+            memo["silu"] = condition, activated
+        weight, bias = projection.weight, projection.bias
+        return [F.linear(activated, weight[rows], None if bias is None else bias[rows]) for rows in projection.rows]
 
     def step_conditions(self, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         if set(conditions) != {"y"}:

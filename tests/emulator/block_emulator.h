@@ -254,6 +254,9 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 struct __half {

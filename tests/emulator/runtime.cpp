@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/residual_update.h"
+#include "../../csrc/cuda/token_operators.h"
 #include "block_emulator.h"
 
 #define FASTCACHE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -58,7 +59,7 @@ std::vector<AtenTensorHandle> kept;
 }  // namespace
 
 extern "C" AOTITorchError emulated_empty_strided(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* out) {
-  static const int32_t widths[][2] = {{aoti_torch_dtype_float32(), 4}, {aoti_torch_dtype_float16(), 2}, {aoti_torch_dtype_bfloat16(), 2}};
+  static const int32_t widths[][2] = {{aoti_torch_dtype_float32(), 4}, {aoti_torch_dtype_float16(), 2}, {aoti_torch_dtype_bfloat16(), 2}, {aoti_torch_dtype_int32(), 4}};
   int64_t element = 0, elements = 1;
   for (const auto& width : widths) element = width[0] == dtype ? width[1] : element;
   for (int64_t i = 0; i < rank; ++i) elements *= sizes[i];
@@ -93,4 +94,8 @@ STABLE_TORCH_LIBRARY(EMULATED_NAMESPACE, library) {
 STABLE_TORCH_LIBRARY_IMPL(EMULATED_NAMESPACE, CPU, library) {
   library.impl("residual_update", &fastcache::cuda::residual_update);
   library.impl("residual_update_scatter_", &fastcache::cuda::residual_update_scatter);
+  library.impl("select_tokens_", &fastcache::cuda::select_tokens);
+  library.impl("row_score", &fastcache::cuda::row_score);
+  library.impl("value_norm", &fastcache::cuda::value_norm);
+  library.impl("relative_error", &fastcache::cuda::relative_error);
 }

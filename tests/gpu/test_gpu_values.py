@@ -103,7 +103,8 @@ def test_equal_inputs_give_equal_bits_whatever_else_the_gpu_does(form: Form, bac
 
 @each_kernel_backend
 def test_a_backend_proves_itself_on_this_gpu(backend: str, device: torch.device) -> None:
-    assert selfcheck.disagreement(backends._module(available(backend)), device) == ""
+    module = backends._module(available(backend))
+    assert {operator: selfcheck.disagreement(module, device, operator) for operator in backends.IMPLEMENTS[backend]} == dict.fromkeys(backends.IMPLEMENTS[backend], "")
 
 
 def test_the_first_available_backend_is_the_one_that_is_chosen(device: torch.device, gpu_alone: None) -> None:
