@@ -253,7 +253,7 @@ def _row(contest: Contest, method: Method | None, way: Way | None, samples: Samp
 
 def described(policy: Policy, schedule: Schedule) -> str:
     """The settings that matter and what they come to."""
-    fields = {key: value for key, value in policy.fields().items() if key in ("fresh_threshold", "fresh_ratio", "cache_type", "interval", "max_order")}
+    fields = {key: value for key, value in policy.fields().items() if key in ("fresh_threshold", "fresh_ratio", "cache_type", "interval", "max_order", "schedule")}
     counts = ", ".join(f"{count} {kind}" for kind, count in schedule.kinds().items())
     return f"{type(policy).__name__}({', '.join(f'{key}={value}' for key, value in fields.items())}), {counts}"
 

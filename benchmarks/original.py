@@ -4,7 +4,6 @@ None of their code was read: each is written from the equations and operator seq
 """
 import abc
 from types import MethodType, TracebackType
-from typing import Self
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ class Original(abc.ABC):
         self.step = 0
         self._blocks = list(model.blocks)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Original":
         for number, block in enumerate(self._blocks):
             block.forward = MethodType(self._forward(number), block)
         return self

@@ -37,10 +37,15 @@ class TokenSize:
     tokens: int
     channels: int = 1152
 
+    @property
+    def slug(self) -> str:
+        """The name for test ids: `n256-b2`."""
+        return self.name.lower().replace(" ", "-")
 
-SIZES = (TokenSize("N=256 B=2", 2, 256), TokenSize("N=1024 B=2", 2, 1024), TokenSize("N=4096 B=2", 2, 4096), TokenSize("N=24336 B=1", 1, 24336))
+
+SIZES = (TokenSize("N256 B2", 2, 256), TokenSize("N1024 B2", 2, 1024), TokenSize("N4096 B2", 2, 4096), TokenSize("N24336 B1", 1, 24336))
 SHARES = (0.01, 0.07, 0.25, 0.6)
-TINY = TokenSize("Tiny B=2", 2, 16, 32)
+TINY = TokenSize("Tiny B2", 2, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class BlockCase:
 
     @property
     def name(self) -> str:
-        """`block-n=256-b=2-7%-fp32`."""
-        return f"{self.work.value}-{self.size.name.lower().replace(' ', '-')}-{self.share:.0%}-{DTYPE_NAMES[self.dtype]}"
+        """`block-n256-b2-7pc-fp32`."""
+        return f"{self.work.value}-{self.size.slug}-{100 * self.share:.0f}pc-{DTYPE_NAMES[self.dtype]}"
 
     @property
     def rows(self) -> int:
@@ -101,8 +106,8 @@ class ChoiceCase:
 
     @property
     def name(self) -> str:
-        """`choice-n=256-b=2-7%`."""
-        return f"choice-{self.size.name.lower().replace(' ', '-')}-{self.share:.0%}"
+        """`choice-n256-b2-7pc`."""
+        return f"choice-{self.size.slug}-{100 * self.share:.0f}pc"
 
     @property
     def counts(self) -> list[int]:

@@ -42,9 +42,9 @@ def test_rehearsed_blocks_and_choices_have_every_contender_and_no_times(tmp_path
     blocks.measure_blocks(rehearsal, CPU, COPY, ONCE, 0.0)
     found = rehearsal.results.stage("kernels")
     ran = {one["case"]: set(one["ran"]) for one in found["blocks"]}
-    assert ran["stream-tiny-b=2-25%-bf16"] == {"naive", "best eager", "torch.compile", "fastcache cuda", "fastcache triton"}
-    assert ran["block-tiny-b=2-25%-bf16"] == ran["stream-tiny-b=2-25%-bf16"] | {"MLP alone"}
-    assert ran["choice-tiny-b=2-18%"] == {"naive", "topk per layer", "best eager", "fastcache"}
+    assert ran["stream-tiny-b2-25pc-bf16"] == {"naive", "best eager", "torch.compile", "fastcache cuda", "fastcache triton"}
+    assert ran["block-tiny-b2-25pc-bf16"] == ran["stream-tiny-b2-25pc-bf16"] | {"MLP alone"}
+    assert ran["choice-tiny-b2-18pc"] == {"naive", "topk per layer", "best eager", "fastcache"}
     assert found["blocks_absent"] == [] and "median_us" not in json.dumps(found)
 
 

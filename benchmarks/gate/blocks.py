@@ -22,7 +22,7 @@ from benchmarks.token_cases import SIZES, TINY, BlockCase, ChoiceCase, TokenSize
 from benchmarks.tokens import MLP_ALONE, SAME_CHOICE, TENSORS, WORKING, Binder, PreparedBlock, chosen_by
 from fastcache.ops import SlotMap
 
-GPU_SIZES = (SIZES[0], TokenSize("N=256 B=64", 64, 256), *SIZES[1:])
+GPU_SIZES = (SIZES[0], TokenSize("N256 B64", 64, 256), *SIZES[1:])
 GPU_SHARES = (0.07, 0.25, 0.01, 0.6)  # in order of what they decide
 CASE_SECONDS = 6.0  # that must be left to begin a case
 
