@@ -1,4 +1,4 @@
-# make demo: sample pictures with FORA and see what it saves. make test: build and run every test.
+# make demo: sample pictures with and without caching and see what it saves. make test: build and run every test.
 # Each makes .venv, installs pinned dependencies and builds the kernels first (make env).
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 # test processes, of one thread each: more threads than cores only wait for each other
 WORKERS ?= 2
 
-.PHONY: env demo quality test bench report doctor train clean
+.PHONY: env demo quality frontier test bench report doctor train clean
 
 env: $(VENV)/built
 
@@ -32,6 +32,10 @@ demo: env
 
 quality: env
 	$(BIN)/fastcache quality --out out/quality
+
+# every policy over a grid of settings; over an hour, goes on where it was stopped
+frontier: env
+	OMP_WAIT_POLICY=passive $(BIN)/fastcache frontier --out out/frontier
 
 test: env
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -n $(WORKERS) -q

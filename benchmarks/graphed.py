@@ -28,12 +28,13 @@ class Replay:
 
 
 def captured(calls: Sequence[Call], device: torch.device, ideal_us: float) -> Replay:
-    """A graph that makes each of the calls, in turn, until it has GRAPH_US of work; each call once at least.
+    """A graph that makes every call equally often, in turn, until it has about GRAPH_US of work.
 
+    Equally often: else a replay would begin with buffers that the one before has just read.
     ideal_us: what a call would take at the speed of memory. The calls must have run before.
     """
-    wanted = min(MOST_CALLS, round(GRAPH_US / max(ideal_us, LAUNCH_US)))
-    count = max(len(calls), 2, wanted)
+    wanted = max(2, min(MOST_CALLS, round(GRAPH_US / max(ideal_us, LAUNCH_US))))
+    count = len(calls) * -(-wanted // len(calls))
     turns = [calls[turn % len(calls)] for turn in range(count)]
     results: list[object] = []
     if device.type != "cuda":

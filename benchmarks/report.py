@@ -16,6 +16,7 @@ from benchmarks.methods import MethodRow
 from benchmarks.session import SessionRow, Way
 from benchmarks.tables import NOISY, bold_below_one, is_noisy, mark, microseconds, milliseconds, percent, table, times
 from benchmarks.timing import Timing
+from benchmarks.token_operators import OperatorRow
 from benchmarks.token_report import token_sections
 from benchmarks.tokens import BlockRow, ChoiceRow
 
@@ -40,6 +41,7 @@ class Report:
     blocks: tuple[BlockRow, ...] = ()
     choices: tuple[ChoiceRow, ...] = ()
     methods: tuple[MethodRow, ...] = ()
+    operators: tuple[OperatorRow, ...] = ()
 
     @property
     def copy_gbps(self) -> float:
@@ -57,7 +59,7 @@ def write_report(report: Report, out: Path) -> None:
 def markdown(report: Report) -> list[str]:
     """All sections, in the order in which a reader asks."""
     lines = _head(report)
-    for section in (_flagship, _summary, _losses, _forms, _dispatch, _session, _tokens, _methods, _absent):
+    for section in (_flagship, _summary, _losses, _forms, _operators, _dispatch, _session, _tokens, _methods, _absent):
         lines += section(report)
     return lines
 
@@ -184,8 +186,22 @@ def ratios(row: Row) -> dict[str, float | None]:
     return {Provider.NAIVE.value: row.vs_naive, Provider.BEST_EAGER.value: row.vs_best_eager, Provider.COMPILED.value: row.vs_compile}
 
 
+def _operators(report: Report) -> list[str]:
+    if not report.operators:
+        return []
+    headings = ("operator", "size", "dtype", "contender", "MB", "median us", "p10", "p90", "rounds", "GB/s", "x naive", "x best eager", "x compile")
+    cells = [
+        (
+            row.operator, row.size, row.dtype, row.provider, f"{row.bytes / 1e6:.1f}", microseconds(row.timing), f"{row.timing.p10_us:.0f}", f"{row.timing.p90_us:.0f}", row.timing.rounds, f"{row.gbps:.1f}",
+            *((bold_below_one if row.provider == Provider.OURS.value else times)(ratio) for ratio in (row.vs_naive, row.vs_best_eager, row.vs_compile)),
+        )  # fmt: skip
+        for row in report.operators
+    ]
+    return ["## Operators on tokens: choices, scores and errors of calibration", "", *table(headings, cells)]
+
+
 def _timings(report: Report) -> list[Timing]:
-    rows = (*report.forms, *report.dispatch, *(report.flagship.rows if report.flagship else ()), *report.blocks, *report.choices)
+    rows = (*report.forms, *report.dispatch, *(report.flagship.rows if report.flagship else ()), *report.blocks, *report.choices, *report.operators)
     steps = [timing for row in report.session for timing in (row.full, row.reuse, row.begin, row.generation) if timing is not None]
     steps += [timing for row in report.methods for timing in (row.generation, *(kind.timing for kind in row.kinds))]
     return [row.timing for row in rows] + steps

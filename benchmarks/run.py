@@ -1,6 +1,6 @@
 """Measure everything and write bench.json, bench.md and roofline.png.
 
-    python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|tokens|methods] [--quick]
+    python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|operators|tokens|methods] [--quick]
 """
 import argparse
 import time
@@ -25,9 +25,10 @@ from benchmarks.timing import Effort
 from benchmarks.token_cases import SIZES as TOKEN_SIZES
 from benchmarks.token_cases import TINY as TINY_TOKENS
 from benchmarks.token_cases import TokenSize, block_cases, choice_cases
+from benchmarks.token_operators import OperatorCase, measure_operators, operator_cases
 from benchmarks.tokens import measure_tokens
 
-PARTS = ("flagship", "dispatch", "session", "forms", "tokens", "methods")
+PARTS = ("flagship", "dispatch", "session", "operators", "forms", "tokens", "methods")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class Programme:
     dispatch_calls: int = CALLS
     token_sizes: tuple[TokenSize, ...] = TOKEN_SIZES
     tokens: Effort = Effort(0.5, 5, 60)
+    operator_cases: tuple[OperatorCase, ...] = tuple(operator_cases())
+    operators: Effort = Effort(0.5, 5, 60)
     model_sizes: tuple[ModelSize, ...] = MODEL_SIZES
     methods: Effort = Effort(25.0, 3, 30)
 
 
 FULL = Programme()
 _ONCE = Effort(0.0, 3, 3)
-QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, seconds=60.0, caches=1, max_copies=2, dispatch_calls=20, token_sizes=(TINY_TOKENS,), tokens=_ONCE, model_sizes=(TINY_MODEL,), methods=Effort(0.0, 2, 2))
+QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, seconds=60.0, caches=1, max_copies=2, dispatch_calls=20, token_sizes=(TINY_TOKENS,), tokens=_ONCE, operator_cases=tuple(operator_cases((24,), (24,), 64, 4, 2)), operators=_ONCE, model_sizes=(TINY_MODEL,), methods=Effort(0.0, 2, 2))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = False, device: torch.device = torch.device("cpu")) -> Report:
     """Measure the parts; the copy bandwidth before and after the forms."""
     begun, at_start = time.perf_counter(), machine(device)
-    flagship, dispatch, session, rows, absent, blocks, choices, methods = None, (), (), (), (), (), (), ()
+    flagship, dispatch, session, rows, absent, blocks, choices, methods, operators = None, (), (), (), (), (), (), (), ()
     with kept_heap() as heap_kept:
         say("copy bandwidth")
         bursts = [measure_bandwidth(device, programme.bandwidth, programme.caches)]
@@ -92,8 +95,12 @@ def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = Fal
             dispatch = measure_dispatch(device, programme.dispatch, programme.dispatch_calls)
         if "session" in parts:
             session = measure_session(programme.session, programme.session_sizes, lambda name: say(f"session: {name}"))
+        if "operators" in parts:
+            operators, missing = measure_operators(programme.operator_cases, device, programme.operators, programme.providers, say)
+            absent = (*absent, *missing)
         if "forms" in parts:
-            rows, absent = measure_forms(programme, device, begun + programme.seconds)
+            rows, missing = measure_forms(programme, device, begun + programme.seconds)
+            absent = (*absent, *missing)
             bursts.append(measure_bandwidth(device, programme.bandwidth, programme.caches))
         if "tokens" in parts:
             blocks, choices, missing = measure_tokens(block_cases(programme.token_sizes), choice_cases(programme.token_sizes), device, programme.tokens, programme.providers, programme.max_copies, say)
@@ -103,7 +110,7 @@ def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = Fal
     copy_gbps = ceiling(bursts, torch.get_num_threads())
     rows, blocks, choices = (tuple(row.against(copy_gbps) for row in found) for found in (rows, blocks, choices))
     methods = with_floors(methods, copy_gbps, max(burst.read_gbps for burst in bursts), programme.model_sizes)
-    return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, absent, dispatch, session, blocks, choices, methods)
+    return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, absent, dispatch, session, blocks, choices, methods, operators)
 
 
 def measure_forms(programme: Programme, device: torch.device, deadline: float) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:

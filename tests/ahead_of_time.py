@@ -12,10 +12,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 POINTERS = {
-    "table": "*i64", "gate_index": "*i32", "weights": "*fp32", "scales": "*fp32", "fresh_slots": "*i32", "row_slots": "*i32", "flag": "*i32", "errors": "*fp32", "slot_scale": "*fp32",
+    "table": "*i64", "gate_index": "*i32", "weights": "*fp32", "scales": "*fp32", "fresh_slots": "*i32", "row_slots": "*i32", "flag": "*i32", "errors": "*fp32", "slot_scale": "*fp32", "lse": "*fp32", "partial": "*fp32",
 }
-TENSORS = ("x", "out", "h", "gates", "slot", "fresh", "shift", "scale", "norm_weight", "norm_bias", "reference")
-STRIDES = ("_batch", "_token", "_row", "_frame")
+TENSORS = ("x", "out", "h", "gates", "slot", "fresh", "shift", "scale", "norm_weight", "norm_bias", "reference", "q", "k")
+STRIDES = ("_batch", "_token", "_row", "_frame", "_head")
+FLOATS = ("eps", "factor")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def compiled(kernel, constants: dict, capability: int, warps: int, tensor: str =
         if name in constants:
             signature[name], values[(position,)] = "constexpr", constants[name]
             continue
-        signature[name] = POINTERS.get(name) or (f"*{tensor}" if name in TENSORS else "i64" if name.endswith(STRIDES) else "fp32" if name == "eps" else "i32")
+        signature[name] = POINTERS.get(name) or (f"*{tensor}" if name in TENSORS else "i64" if name.endswith(STRIDES) else "fp32" if name in FLOATS else "i32")
         if signature[name].startswith("*") and aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     with warnings.catch_warnings():

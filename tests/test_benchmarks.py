@@ -18,6 +18,7 @@ from benchmarks.providers import Provider, binder  # noqa: E402
 from benchmarks.run import Programme, main, measure_forms  # noqa: E402
 from benchmarks.session import TINY_SESSION, Run, Way, checked  # noqa: E402
 from benchmarks.timing import Effort, Timing, measure  # noqa: E402
+from benchmarks.token_operators import Disagreement, check, measure_operators, operator_cases  # noqa: E402
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)
@@ -202,3 +203,37 @@ def test_a_part_can_be_run_alone(tmp_path, capsys):
     main(["--quick", "--only", "dispatch", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["dispatch"] and not report["forms"] and not report["session"] and report["flagship"] is None
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+OPERATOR_CASES = operator_cases((40,), (24,), 64, 4, 2)
+
+
+def test_every_operator_on_tokens_is_measured_against_every_contender():
+    providers = [provider for provider in Provider if provider is not Provider.COMPILED]
+    rows, absent = measure_operators(OPERATOR_CASES, CPU, ONCE, providers)
+    assert not absent and {row.operator for row in rows} == {"select_tokens_", "row_score", "value_norm", "relative_error", "attention_received"}
+    assert {(row.case, row.provider) for row in rows} == {(case.name, provider.value) for case in OPERATOR_CASES for provider in providers}
+    assert all(row.vs_naive > 0 and row.vs_compile is None for row in rows)
+
+
+def test_least_bytes_of_a_choice_are_those_counted_by_hand():
+    case = OPERATOR_CASES[0]
+    assert case.bytes == 4 * 40 * 4 * 4 + 4 * 4 * 12 + 4 * 4  # score in, age in and out, slots out; index; counts
+
+
+def test_a_contender_that_chooses_other_tokens_stops_the_run():
+    case = OPERATOR_CASES[0]
+    arguments = case.make(torch.Generator().manual_seed(0))
+    check(case, Provider.NAIVE, case.plain, arguments)
+    with pytest.raises(Disagreement, match="select_tokens_-4x40-fp32: naive is off by"):
+        check(case, Provider.NAIVE, lambda score, age, counts: case.plain(-score, age, counts), arguments)
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES[1:], ids=lambda case: case.name)
+def test_a_contender_with_other_values_stops_the_run(case):
+    arguments = case.make(torch.Generator().manual_seed(0))
+    check(case, Provider.BEST_EAGER, case.best, arguments)
+    with pytest.raises(Disagreement, match="is off by"):
+        check(case, Provider.BEST_EAGER, lambda *inputs: case.best(*inputs) * 1.01 + 0.01, arguments)

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 from typer.testing import CliRunner
 
 import fastcache.cli.main
+from fastcache import backends
 from fastcache.cli.app import app
 from fastcache.studies.comparison import SETTINGS, Sampler
 from fastcache.studies.demo import run_demo
@@ -20,6 +21,7 @@ from fastcache.models.checkpoint import Checkpoint, write_checkpoint
 from fastcache.policies import FORA
 from fastcache.studies.quality import run_quality
 from fastcache.schedule import Schedule
+from fastcache.verify import FORMS, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -136,17 +138,21 @@ def test_sample_refuses_what_it_does_not_know(tmp_path, checkpoint, arguments, m
 
 def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("fastcache.studies.demo.PICTURES", range(6))
-    report = run_demo(tmp_path, rounds=1, sampler=Sampler(steps=5, batch_size=2))
-    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "steps.png", "report.json"}
+    report = run_demo(tmp_path, rounds=1, sampler=Sampler(steps=8, batch_size=3))
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "steps.png", "tokens.png", "report.json"}
     written = json.loads((tmp_path / "report.json").read_text())
     assert [row["setting"] for row in written["rows"]] == [setting.name for setting in SETTINGS]
     uncached, *cached = report.rows
     assert uncached.speedup == 1 and uncached.psnr_db is None and uncached.feature_bytes == 0
     for row in cached:
-        assert len(row.batch_seconds) == 3
-        assert row.steps["reuse"].ops < row.steps["full"].ops
+        assert len(row.batch_seconds) == 2
+        assert len(row.steps) > 1
         assert row.feature_bytes > 0 and row.psnr_db > 10
         assert row.quotient == pytest.approx(row.speedup / row.ideal_speedup)
+    steps = {row.setting: row.steps for row in cached}
+    assert {"full", "partial", "skip"} == set(steps["DuCa interval 3"]) and "partial" in steps["ToCa interval 3"] and "forecast" in steps["TaylorSeer interval 5"]
+    for name, kind in (("FORA interval 3", "reuse"), ("DuCa interval 3", "skip"), ("TaylorSeer interval 5", "forecast")):
+        assert steps[name][kind].ops < steps[name]["full"].ops
 
 
 def test_quality_keeps_the_pictures_of_finished_settings(tmp_path, monkeypatch):
@@ -179,3 +185,28 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(monkeypatch)
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(SystemExit, match=r"pip install 'fastcache-dit\[demo\]'"):
         fastcache.cli.main.main()
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor_says_which_backend_runs_each_operator_and_why_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = run("doctor").splitlines()
+    for operator in backends.library.OPERATORS:
+        row = next(line for line in lines if line.startswith(f"│ {operator} "))
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells[1] == backends.chosen_name(torch.device("cpu"), operator=operator)
+        for name, cell in zip(backends.NAMES, cells[-4:], strict=True):
+            has, runs = operator in backends.IMPLEMENTS[name], backends.status()[name].available
+            assert cell == ("no kernel of it" if not has else "yes" if runs else "cannot run here")
+
+
+def test_every_operator_has_a_form_that_doctor_verifies() -> None:
+    assert {form.operator.__name__ for form in FORMS.values()} == set(backends.library.OPERATORS)
+
+
+def test_verification_passes_here_and_says_nothing_of_backends_without_a_kernel() -> None:
+    verdicts = list(verify(torch.device("cpu")))
+    assert verdicts and all(verdict.passed for verdict in verdicts), [verdict for verdict in verdicts if not verdict.passed]
+    assert all(verdict.operator in backends.IMPLEMENTS[verdict.backend] for verdict in verdicts)

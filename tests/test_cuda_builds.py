@@ -5,17 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from fastcache.backends import library
+from nvcc import MISSING, NVCC, Kernel, compiled, run
 from processes import ROOT
 
-NVCC = shutil.which("nvcc") or next((str(path) for path in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc",) if path.exists()), None)
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA kernels are not compiled")
+pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
 
 # kernel, template arguments, most registers; aligned kernels read 16 bytes at once
 BF16, FP32 = "Type::kBFloat16", "Type::kFloat32"
@@ -36,55 +35,20 @@ each_architecture = pytest.mark.parametrize("architecture", [80, 90, 100], indir
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """What ptxas says of one kernel, and its PTX."""
-
-    registers: int
-    stack: int
-    spilled: int
-    ptx: str
-
-    def loads(self) -> Counter:
-        """Number of global loads by width in bytes."""
-        found = Counter()
-        for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\b", self.ptx):
-            found[int(vector or 1) * int(bits) // 8] += 1
-        return found
-
-
-@dataclass(frozen=True)
 class Architecture:
     number: int
     kernels: dict[str, Kernel]
     cubin: Path
 
 
-def run(command: list[object]) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{(done.stdout + done.stderr)[-4000:]}"
-    return done.stdout + done.stderr
-
-
-def mangled(text: str) -> list[str]:
-    """Names of all kernels of a PTX text, in its order."""
-    return re.findall(r"\.entry (\w+)", text)
-
-
 @pytest.fixture(scope="module")
 def architecture(request, tmp_path_factory) -> Architecture:
     """The representative kernels, compiled for one architecture."""
-    folder, number = tmp_path_factory.mktemp("kernels"), request.param
-    source, ptx, cubin = folder / "kernels.cu", folder / "kernels.ptx", folder / "kernels.cubin"
+    number = request.param
     forms = REPRESENTATIVE | UNALIGNED
     made = [f"template __global__ void {name}<{', '.join(map(str, arguments))}>(const __grid_constant__ Parameters<{arguments[-1]}>);" for name, arguments, _ in forms.values()]
-    source.write_text("\n".join(['#include "fastcache/cuda/rows.cuh"', '#include "fastcache/cuda/sum.cuh"', "namespace fastcache::cuda {", *made, "}"]))
-    run([NVCC, "-std=c++20", f"-arch=compute_{number}", f"-I{ROOT / 'csrc' / 'include'}", "-ptx", source, "-o", ptx])
-    told = run([NVCC, f"-arch=sm_{number}", "-Xptxas", "-v", "-cubin", ptx, "-o", cubin])
-    text = ptx.read_text()
-    bodies = dict(zip(mangled(text), text.split(".entry ")[1:], strict=True))
-    kernels = {}
-    for name, stack, stored, loaded, registers in re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", told, re.S):
-        kernels[name] = Kernel(int(registers), int(stack), int(stored) + int(loaded), bodies[name])
+    source = "\n".join(['#include "fastcache/cuda/rows.cuh"', '#include "fastcache/cuda/sum.cuh"', "namespace fastcache::cuda {", *made, "}"])
+    kernels, cubin = compiled(source, number, tmp_path_factory.mktemp("kernels"))
     assert len(kernels) == len(forms)
     return Architecture(number, {form: kernels[symbol(*forms[form][:2])] for form in forms}, cubin)
 

@@ -125,6 +125,11 @@ def test_a_setuptools_that_setup_py_refuses_is_gone_around(version: str, old: bo
     assert "-DFASTCACHE_CUDA=1" in configure and "-DFASTCACHE_CUDA_ARCHS=90-real" in configure and "--build" in make
 
 
+def test_a_failed_build_is_named_by_its_first_error() -> None:
+    assert build.first_error("-- Configuring\nCMake Error at CMakeLists.txt:89 (enable_language):\n  no such compiler\nmore\nCMake Error again") == "CMake Error at CMakeLists.txt:89 (enable_language): no such compiler"
+    assert build.first_error("one\ntwo\nthree") == "two three" and build.first_error("") == ""
+
+
 class Report:
     """As pytest reports a test."""
 
@@ -243,12 +248,12 @@ def test_a_peer_takes_part_when_its_file_is_named_and_computes_the_same(monkeypa
     assert peer.absence(single) == "FASTCACHE_PEER_SGLANG: there is no such file"
 
 
-def test_a_replay_uses_every_buffer_and_scales_to_one_call() -> None:
+def test_a_replay_uses_every_buffer_equally_often_and_scales_to_one_call() -> None:
     seen: list[int] = []
     calls = [lambda buffer=buffer: seen.append(buffer) for buffer in range(3)]
     replay = captured(calls, CPU, ideal_us=100.0)
     replay.run()
-    assert replay.calls == 5 == len(seen) and seen == [0, 1, 2, 0, 1]
+    assert replay.calls == 6 and seen == [0, 1, 2, 0, 1, 2]
     assert captured(calls, CPU, ideal_us=1e9).calls == 3
     import time
 

@@ -1,12 +1,11 @@
 """Bad indices on a GPU: the sticky flag of a device, and the session that reads it when it closes."""
 import sys
-import types
 
 import pytest
 import torch
 
 from fastcache import FORA, SessionError, accelerate
-from fastcache.backends import index_errors, take_index_errors
+from fastcache.backends import index_errors, index_flags, take_index_errors
 from fastcache.index_check import devices_of
 from hosts import run, small_dit
 
@@ -27,13 +26,13 @@ class Library:
 
 @pytest.fixture
 def triton_flag(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """The flag of a Triton backend that has run on the CPU."""
-    flag = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setitem(sys.modules, "fastcache.backends.triton", types.SimpleNamespace(FLAGS={CPU: flag}))
-    return flag
+    """The flag of a device on which Triton kernels have run: here the CPU."""
+    monkeypatch.setattr(index_errors, "FLAGS", {})
+    monkeypatch.setattr(index_flags, "FLAGS", index_errors.FLAGS)
+    return index_flags.error_flag(CPU)
 
 
-@pytest.mark.parametrize(("bits", "names"), [(0, ""), (1, "gate_index"), (2, "fresh_slots or row_slots"), (3, "gate_index and fresh_slots or row_slots")])
+@pytest.mark.parametrize(("bits", "names"), [(0, ""), (1, "gate_index"), (2, "fresh_slots or row_slots"), (3, "gate_index and fresh_slots or row_slots"), (4, "counts"), (8, "index")])
 def test_bits_are_named_by_their_arguments_and_cleared(triton_flag: torch.Tensor, bits: int, names: str) -> None:
     triton_flag.fill_(bits)
     assert take_index_errors(CPU) == names

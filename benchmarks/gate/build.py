@@ -1,5 +1,6 @@
 """Stage `build`: the libraries for the GPU of this machine, in the source tree."""
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,13 +31,20 @@ def build(stage: Stage) -> None:
         done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode != 0:
             stage.put(output=done.stdout.splitlines()[-LAST_LINES:])
-            raise Failed("the build failed; its last lines are in `output`: " + done.stdout.strip().splitlines()[-1])
+            raise Failed(f"the build failed; its last lines are in `output`: {first_error(done.stdout)}")
     libraries = {path.name: path.stat().st_size for path in sorted((ROOT / "fastcache" / "lib").glob("*.so"))}
     stage.put(architectures=architectures, seconds=round(time.monotonic() - begun, 1), libraries=libraries, with_setuptools=len(commands) == 1)
     if "libfastcache_cuda.so" not in libraries:
         raise Failed("the build ended without libfastcache_cuda.so; run `FASTCACHE_CUDA=1 python setup.py build_ext --inplace` to see why")
     stage.say(f"built {', '.join(libraries)} for {architectures}")
     check_import(stage)
+
+
+def first_error(output: str) -> str:
+    """The first line that speaks of an error, and the next one, which says which."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    place = next((number for number, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), max(0, len(lines) - 2))
+    return " ".join(lines[place : place + 2])
 
 
 def check_import(stage: Stage) -> None:

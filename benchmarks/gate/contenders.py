@@ -16,7 +16,7 @@ COMPILED, AUTOTUNED = "torch.compile", "torch.compile autotuned"
 OURS_CUDA, OURS_TRITON = "fastcache cuda", "fastcache triton"
 COMPILE_MODES = {COMPILED: None, AUTOTUNED: "max-autotune-no-cudagraphs"}
 OUR_BACKENDS = {OURS_CUDA: "cuda", OURS_TRITON: "triton"}
-STAND_INS = {"cuda": "cpp", "triton": "eager"}  # in a dry run on a CPU
+STAND_INS = {"cuda": "cpp", "triton": "eager"}  # in a dry run on a CPU; eager where cpp was not built
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ def contenders(case: Case, device: torch.device, *, autotune: bool) -> tuple[lis
     found += [Contender(name, compiled(case, mode, device), may_fail=True) for name, mode in COMPILE_MODES.items() if autotune or name != AUTOTUNED]
     absent = {} if autotune else {AUTOTUNED: "left out at this size to save time; `--seconds kernels=450` has it everywhere"}
     for name, backend in OUR_BACKENDS.items():
-        backend = backend if device.type == "cuda" else STAND_INS[backend]
-        status = fastcache.backends_status()[backend]
-        if status.available:
+        status = fastcache.backends_status()
+        if device.type != "cuda":
+            backend = STAND_INS[backend] if status[STAND_INS[backend]].available else "eager"
+        if status[backend].available:
             found.append(Contender(name, OURS[case.form], lambda backend=backend: fastcache.use_backend(backend)))
         else:
-            absent[name] = status.reason
+            absent[name] = status[backend].reason
     for peer in PEERS:
         reason = peer.absence(case)
         if reason:

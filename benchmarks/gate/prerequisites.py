@@ -23,11 +23,11 @@ class Tool:
 
 
 def tool(name: str) -> Tool:
-    """A program of this environment, of PATH, or of the CUDA toolkit."""
+    """A program of this environment, else of PATH, else of the CUDA toolkit."""
     fixes = {"cmake": "pip install cmake ninja (or bring their wheels)", "nvcc": "install the CUDA toolkit, or put its bin folder into PATH", "compute-sanitizer": "it comes with the CUDA toolkit", "nvidia-smi": "it comes with the driver"}
     homes = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    places = [sysconfig.get_path("scripts"), *(os.path.join(home, "bin") for home in homes if home)]
-    found = shutil.which(name) or next((path for path in (shutil.which(name, path=place) for place in places) if path), "")
+    places = [sysconfig.get_path("scripts"), None, *(os.path.join(home, "bin") for home in homes if home)]
+    found = next((path for path in (shutil.which(name, path=place) for place in places) if path), "")
     return Tool(name, found, fixes.get(name, f"install {name}"))
 
 

@@ -17,12 +17,8 @@ class Progress:
 
     def __init__(self, stage: Stage) -> None:
         self._stage, self._seen = stage, 0
-        self.collected = 0
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.reasons: dict[str, int] = {}
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.collected = max(self.collected, len(session.items))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":

@@ -27,5 +27,9 @@ add_library(fastcache_torch INTERFACE)
 target_include_directories(fastcache_torch SYSTEM INTERFACE "${torch_root}/include")
 # The oldest PyTorch on which the libraries must load, whatever they are built with.
 target_compile_definitions(fastcache_torch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
+# Errors of PyTorch's headers name their file; where PyTorch lies on this machine is nobody's business.
+target_compile_options(fastcache_torch INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${torch_root}/=torch/>
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-ffile-prefix-map=${torch_root}/=torch/>)
 set(TORCH_LIBRARIES_FOLDER "${torch_root}/lib")
 target_link_libraries(fastcache_torch INTERFACE "${TORCH_LIBRARIES_FOLDER}/libtorch_cpu.so")

@@ -5,7 +5,7 @@
 
 #include "../token_checks.h"
 #include "config.h"
-#include "fastcache/cuda/relative_error.cuh"
+#include "fastcache/cuda/tokens.h"
 #include "parameters.h"
 #include "runtime.h"
 #include "token_launch.h"

@@ -1,7 +1,7 @@
 // row_score and value_norm on a GPU: checked arguments become the parameters of one launch.
 #include "../token_checks.h"
 #include "config.h"
-#include "fastcache/cuda/row_score.cuh"
+#include "fastcache/cuda/tokens.h"
 #include "parameters.h"
 #include "runtime.h"
 #include "token_launch.h"

@@ -1,7 +1,7 @@
 // select_tokens_ on a GPU: one launch, nothing waits for it. Counts live on the device, so that a
 // captured graph may change them; the kernel clamps and reports those out of range.
 #include "../token_checks.h"
-#include "fastcache/cuda/select_tokens.cuh"
+#include "fastcache/cuda/tokens.h"
 #include "parameters.h"
 #include "runtime.h"
 #include "token_launch.h"

@@ -1,13 +1,9 @@
 // From checked arguments of the operators on tokens to launches, without a framework header (see launch.h).
 #pragma once
 
-#include "fastcache/cuda/parameters.h"
+#include "fastcache/cuda/tokens.h"
 
 namespace fastcache::cuda {
-
-struct Selection;
-struct Scores;
-struct Comparison;
 
 void launch_select(const Selection& selection, int64_t rows, void* stream);
 

@@ -35,7 +35,7 @@ ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 STREAM = frozenset({"residual_update", "residual_update_scatter_"})
 TOKENS = frozenset({"select_tokens_", "row_score", "value_norm", "relative_error"})
 ATTENTION = frozenset({"attention_received"})
-IMPLEMENTS = {"cpp": STREAM | TOKENS | ATTENTION, "cuda": STREAM | TOKENS, "triton": STREAM, "eager": frozenset(library.OPERATORS)}
+IMPLEMENTS = {"cpp": STREAM | TOKENS | ATTENTION, "cuda": STREAM | TOKENS, "triton": STREAM | ATTENTION, "eager": frozenset(library.OPERATORS)}
 
 
 class BackendError(RuntimeError):

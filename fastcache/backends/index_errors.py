@@ -2,18 +2,19 @@
 
 A kernel cannot raise, and reading an index on the host would wait for the GPU. So a kernel that meets
 an index out of range writes nothing outside of its tensors, makes the result visible (a gate that
-does not exist is NaN; a fresh or packed row that does not exist is left out) and sets a bit. A
+does not exist is NaN; a row or token that does not exist is left out; a count is clamped) and sets a bit. A
 Session reads the bits when it closes; whoever calls the operators directly asks `take_index_errors`.
 """
 import ctypes
 import os
-import sys
 
 import torch
 
+from fastcache.backends.index_flags import FLAGS
 from fastcache.backends.library import PACKAGE
 
-ARGUMENTS = {1: "gate_index", 2: "fresh_slots or row_slots"}  # by bit; csrc/include/fastcache/cuda/parameters.h
+# by bit: csrc/include/fastcache/cuda/parameters.h, tokens.h, fastcache/ops/slots.py
+ARGUMENTS = {1: "gate_index", 2: "fresh_slots or row_slots", 4: "counts", 8: "index"}
 
 
 def take_index_errors(device: torch.device) -> str:
@@ -28,13 +29,13 @@ def take_index_errors(device: torch.device) -> str:
             return ""
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-    bits = _taken_from_cuda(device) | _taken_from_triton(device)
+    bits = _taken_from_cuda(device) | _taken_from_flag(device)
     return " and ".join(name for bit, name in ARGUMENTS.items() if bits & bit)
 
 
 def explained(names: str, device: torch.device) -> str:
     """What to tell the user about `take_index_errors`."""
-    return f"{names}: a kernel on {device} met an index out of range. Nothing outside of the tensors was read or written, but results since are wrong: a gate that does not exist counts as NaN, a row that does not exist is left out. On a CPU the call that does this raises IndexError"
+    return f"{names}: a kernel on {device} met an index out of range. Nothing outside of the tensors was read or written, but results since are wrong: a gate that does not exist counts as NaN, a row or token that does not exist is left out, a count is clamped. On a CPU the call that does this raises IndexError"
 
 
 def _taken_from_cuda(device: torch.device) -> int:
@@ -47,9 +48,8 @@ def _taken_from_cuda(device: torch.device) -> int:
     return bits
 
 
-def _taken_from_triton(device: torch.device) -> int:
-    backend = sys.modules.get("fastcache.backends.triton")  # not imported for this: what never ran has no flag
-    flag = None if backend is None else backend.FLAGS.get(device)
+def _taken_from_flag(device: torch.device) -> int:
+    flag = FLAGS.get(device)
     if flag is None:
         return 0
     bits = int(flag.item())

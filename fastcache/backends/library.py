@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = Path(__file__).with_name("schema.def")
 OPERATORS = ("residual_update", "residual_update_scatter_", "select_tokens_", "row_score", "value_norm", "attention_received", "relative_error")
-TRITON_OPERATORS = ("residual_update", "residual_update_scatter_")  # those with a kernel in kernels/
+TRITON_OPERATORS = ("residual_update", "residual_update_scatter_", "attention_received")  # those with a kernel in kernels/
 
 
 @dataclass(frozen=True)

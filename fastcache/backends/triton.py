@@ -14,15 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcache.backends import checks
+from fastcache.backends.index_flags import error_flag
+from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
 from fastcache.backends.triton_config import row_config, sum_config
 from fastcache.backends.tuning import row_bucket, term_bucket, tuned
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.uint8}
-
-FLAGS: dict[torch.device, Tensor] = {}  # sticky bits of bad indices; fastcache/backends/index_errors.py reads them
-
 
 def residual_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True) -> tuple[Tensor, Tensor, Tensor]:
     """`fastcache.backends.eager.residual_update`, one launch."""
@@ -58,14 +57,6 @@ def vector_view(vector: Tensor | None, x: Tensor, packed: bool = False) -> Vecto
     if len(shape) == 2 or shape[1] == 1:
         return VectorView(1, batch)
     return VectorView(2, batch, strides[1], max(1, x.shape[1] // shape[1]))
-
-
-def error_flag(device: torch.device) -> Tensor:
-    """[1] int32, set by kernels that met an index out of range; nothing is read or written there."""
-    if device not in FLAGS:
-        with torch.inference_mode(False):
-            FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return FLAGS[device]
 
 
 def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x):

@@ -5,6 +5,8 @@ the heuristics choose among few.
 """
 from dataclasses import dataclass
 
+import torch
+
 SUM_COLUMNS = 128  # one fp32 tile column per lane quad: 256-byte row segments in bf16
 PROGRAMS_WANTED = 528  # four a multiprocessor of an H200
 
@@ -66,3 +68,39 @@ def row_config(D: int) -> RowConfig:
     columns = max(16, 1 << (D - 1).bit_length())
     warps = 1 if columns <= 512 else 2 if columns <= 1024 else 4 if columns <= 2048 else 8 if columns <= 4096 else 16
     return RowConfig(columns, warps, 1)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile of `received_kernel`: keys are the rows of the product, 16 or more a warp; queries are looped over."""
+
+    keys: int
+    queries: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.keys < 16 * self.warps or self.queries < 16:
+            raise ValueError(f"keys, queries, warps: expected 16 keys a warp and 16 queries or more, got {self.keys} x {self.queries} over {self.warps} warps")
+
+
+NARROW_ATTENTION = AttentionConfig(64, 64, 4, 3)  # few keys: more programs
+WIDE_ATTENTION = AttentionConfig(128, 64, 8, 3)  # many keys: q is read half as often
+EXACT_ATTENTION = AttentionConfig(64, 16, 4, 2)  # float32 without tensor cores: the product is held in registers
+ATTENTION_CONFIGS = (NARROW_ATTENTION, WIDE_ATTENTION, EXACT_ATTENTION)
+MANY_KEYS = 1024
+
+
+def attention_config(dtype: torch.dtype, d: int, M: int) -> AttentionConfig:
+    """float32 is computed exactly; 16-bit types on tensor cores, in wide tiles where there are enough of them."""
+    if dtype is torch.float32:
+        return EXACT_ATTENTION
+    return WIDE_ATTENTION if M >= MANY_KEYS else NARROW_ATTENTION
+
+
+def head_split(d: int) -> tuple[int, int]:
+    """Columns of the head and of its tail: powers of two of 16 or more that together hold d; tail 0: none."""
+    whole = max(16, 1 << (d - 1).bit_length())
+    head = whole // 2
+    tail = max(16, 1 << max(0, d - head - 1).bit_length())
+    return (head, tail) if head >= 16 and head + tail < whole else (whole, 0)

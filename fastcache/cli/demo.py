@@ -12,16 +12,16 @@ NOISE = 0.1  # share by which the speedup of medians may differ from that of the
 
 
 def demo(
-    out: Annotated[Path, Option(help="Folder for grid.png, steps.png and report.json.")] = Path("out/demo"),
+    out: Annotated[Path, Option(help="Folder for grid.png, steps.png, tokens.png and report.json.")] = Path("out/demo"),
     rounds: Annotated[int, Option(min=1, help="Times that every picture is sampled under every setting.")] = 2,
 ) -> None:
-    """Sample one picture of each glyph uncached and under FORA at intervals 2, 3 and 5."""
+    """Sample one picture of each glyph uncached and under FORA, ToCa, DuCa and TaylorSeer."""
     report = run_demo(out, rounds=rounds)
     console = Console()
     console.print(table_of(report))
     if any(abs(row.speedup / row.speedup_of_fastest - 1) > NOISE for row in report.rows):
         console.print("The machine was busy: medians and fastest batches disagree. Run again when it is idle.", style="bold red")
-    console.print(f"pictures: {out / 'grid.png'}   plans: {out / 'steps.png'}   numbers: {out / 'report.json'}")
+    console.print(f"pictures: {out / 'grid.png'}   plans: {out / 'steps.png'}   tokens: {out / 'tokens.png'}   numbers: {out / 'report.json'}")
 
 
 def table_of(report: DemoReport) -> Table:

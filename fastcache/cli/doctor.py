@@ -10,7 +10,9 @@ from typer import Exit, Option
 
 import fastcache
 from fastcache import backends
+from fastcache.backends import tuning
 from fastcache.backends.library import OPERATORS, cpu_capability
+from fastcache.verify import Verdict, verify
 
 
 def doctor(verify: Annotated[bool, Option(help="Check every operator and backend on this machine against float64.")] = False) -> None:
@@ -19,6 +21,8 @@ def doctor(verify: Annotated[bool, Option(help="Check every operator and backend
     console.print(f"fastcache {fastcache.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python {platform.python_version()}, {platform.machine()}")
     console.print(_libraries())
     console.print(_backends())
+    console.print(_operators())
+    console.print(f"launch configurations of GPU kernels: {len(tuning.table())} measured entries (FASTCACHE_TUNING), the heuristics for everything else")
     if verify and not _verified(console):
         raise Exit(1)
 
@@ -40,34 +44,44 @@ def _libraries() -> Table:
 
 
 def _backends() -> Table:
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    table = Table(title="backends (operators: " + ", ".join(OPERATORS) + ")", title_justify="left")
-    for heading in ("backend", "runs", "reason", *(f"on {device}" for device in devices)):
+    table = Table(title="backends", title_justify="left")
+    for heading in ("backend", "runs", "what it is, or why not"):
         table.add_column(heading, overflow="fold")
     for name, status in backends.status().items():
-        marks = []
-        for device in devices:
-            order = backends.ORDER[device]
-            usable = status.available and name in order
-            marks.append("chosen" if usable and backends.chosen_name(torch.device(device)) == name else "yes" if usable else "-")
-        table.add_row(name, "yes" if status.available else "no", status.reason, *marks)
+        table.add_row(name, "yes" if status.available else "no", status.reason)
     return table
 
 
-def _verified(console: Console) -> bool:
-    from fastcache.verify import verify
+def _operators() -> Table:
+    """Which backend runs each operator, and of the others, which cannot run here and which have no kernel of it."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    table = Table(title="operators", title_justify="left")
+    for heading in ("operator", *(f"on {device}" for device in devices), *backends.NAMES):
+        table.add_column(heading, overflow="fold")
+    for operator in OPERATORS:
+        chosen = [backends.chosen_name(torch.device(device), operator=operator) for device in devices]
+        table.add_row(operator, *chosen, *(_standing(name, operator) for name in backends.NAMES))
+    return table
 
+
+def _standing(name: str, operator: str) -> str:
+    if operator not in backends.IMPLEMENTS[name]:
+        return "no kernel of it"
+    return "yes" if backends.status()[name].available else "cannot run here"
+
+
+def _verified(console: Console) -> bool:
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     failures = 0
     for device in devices:
-        table = Table(title=f"error against float64 on {device}, as a multiple of the eager definition's (at most 1.1)", title_justify="left")
+        table = Table(title=f"error against float64 on {device}, as a multiple of the eager definition's (at most 1.1; - where a backend has no kernel)", title_justify="left")
         verdicts = list(verify(device))
         columns = list(dict.fromkeys((verdict.backend, verdict.dtype) for verdict in verdicts))
         for heading in ("form", *(f"{backend}\n{dtype}" for backend, dtype in columns)):
             table.add_column(heading)
         for form in dict.fromkeys(verdict.form for verdict in verdicts):
             row = {(v.backend, v.dtype): v for v in verdicts if v.form == form}
-            table.add_row(form, *(f"[{'green' if row[c].passed else 'red'}]{row[c].error or f'{row[c].ratio:.2f}'}[/]" for c in columns))
+            table.add_row(form, *(_mark(row.get(c)) for c in columns))
         failures += sum(not verdict.passed for verdict in verdicts)
         console.print(table)
         met = backends.take_index_errors(device)
@@ -75,3 +89,9 @@ def _verified(console: Console) -> bool:
         console.print(f"indices out of range that kernels met on {device}: {met or 'none'}")
     console.print("every check passed" if not failures else f"[red]{failures} checks failed[/]")
     return not failures
+
+
+def _mark(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "-"
+    return f"[{'green' if verdict.passed else 'red'}]{verdict.error or f'{verdict.ratio:.2f}'}[/]"

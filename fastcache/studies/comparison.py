@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fastcache.glyphs import DIFFUSION
 from fastcache.glyphs.dataset import CLASSES
 from fastcache.models import DiT
-from fastcache.policies import FORA, Policy
+from fastcache.policies import FORA, DuCa, Policy, TaylorSeer, ToCa
 from fastcache.sampling import Samples, sample
 
 
@@ -27,6 +27,9 @@ SETTINGS = (
     Setting("FORA interval 2", FORA(interval=2)),
     Setting("FORA interval 3", FORA(interval=3)),
     Setting("FORA interval 5", FORA(interval=5)),
+    Setting("ToCa interval 3", ToCa(fresh_threshold=3)),
+    Setting("DuCa interval 3", DuCa(fresh_threshold=3)),
+    Setting("TaylorSeer interval 5", TaylorSeer(interval=5)),
 )
 
 

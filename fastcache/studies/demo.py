@@ -1,4 +1,4 @@
-"""`fastcache demo`: the glyph model uncached and under FORA, on the same noise; pictures, plans and a report."""
+"""`fastcache demo`: the glyph model uncached and under FORA, ToCa, DuCa and TaylorSeer, on the same noise; pictures, plans and a report."""
 import json
 import statistics
 from collections.abc import Sequence
@@ -16,14 +16,17 @@ from fastcache.glyphs import load_classifier, load_glyph_dit
 from fastcache.glyphs.classifier import GlyphClassifier, read
 from fastcache.glyphs.dataset import CLASSES, to_pixels
 from fastcache.studies.grid import GridRow, draw_grid
+from fastcache.studies.tokens import draw_tokens, record_tokens
 from fastcache.metrics import accuracy, psnr
 from fastcache.models import DiT
 from fastcache.policies import FORA
+from fastcache.policies.token_refresh import TokenRefresh
 from fastcache.report import StepKindSummary
 from fastcache.sampling import Samples
 
 PICTURES = range(len(CLASSES))
-WARM_UP_STEPS = 4  # a step of every kind for FORA
+WARM_UP_STEPS = 4  # a full and a cached step for every policy
+TOKEN_PICTURES = (0, 17, 31)  # A, R and 5: straight, round and mixed
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Measurement:
 
 
 def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> DemoReport:
-    """A picture of each class under every setting, `rounds` times; grid.png, steps.png and report.json in `out`."""
+    """A picture of each class under every setting, `rounds` times; grid.png, steps.png, tokens.png and report.json in `out`."""
     model, classifier = load_glyph_dit(), load_classifier()
     found = _measure(model, rounds, sampler)
     rows = [_row(setting, found, classifier) for setting in SETTINGS]
@@ -75,6 +78,9 @@ def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> Dem
     out.mkdir(parents=True, exist_ok=True)
     draw_grid([GridRow(row.setting, _captions(row), to_pixels(found[row.setting].pictures)) for row in rows], out / "grid.png")
     draw_schedules({s.name: found[s.name].last.schedule for s in SETTINGS if s.policy is not None}, out / "steps.png")
+    refreshing = {s.name: s.policy for s in SETTINGS if isinstance(s.policy, TokenRefresh)}
+    # recording waits for every step, so it has a run of its own
+    draw_tokens({name: record_tokens(model, policy, sampler, TOKEN_PICTURES) for name, policy in refreshing.items()}, out / "tokens.png")
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
 

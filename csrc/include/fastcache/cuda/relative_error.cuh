@@ -11,22 +11,11 @@
 // Contiguous tensors need no division to find a row.
 #pragma once
 
-#include "fastcache/cuda/parameters.h"
 #include "fastcache/cuda/target.cuh"
+#include "fastcache/cuda/tokens.h"
 #include "fastcache/cuda/values.cuh"
 
 namespace fastcache::cuda {
-
-constexpr int kRelativeThreads = 256, kLookaheads = 4, kRelativeRuns = 2;
-constexpr int kFewTensors = 256, kManyTensors = kMaxTerms + 64;  // 6 and 26 of the 32 KB of parameters
-
-struct Comparison {
-  int32_t N, D;
-  int64_t elements;      // of one tensor
-  int32_t lookaheads;    // K
-  bool dense;            // all tensors are contiguous
-  double* partials;      // [layers, lookahead groups, blocks, 1 + kLookaheads]
-};
 
 // Tensors of layer l: entries l * (1 + K), the newest, and the K after it.
 template <int capacity>

@@ -9,25 +9,13 @@
 // tree and the rest are float64 and rounded once, in an order that depends on sizes alone.
 #pragma once
 
-#include "fastcache/cuda/parameters.h"
 #include "fastcache/cuda/target.cuh"
+#include "fastcache/cuda/tokens.h"
 #include "fastcache/cuda/values.cuh"
 
 namespace fastcache::cuda {
 
 constexpr int kScoreThreads = 256, kScoreRuns = 4;
-
-struct Scores {
-  int32_t B, N, D;
-  TokenRows x;
-  bool compare;         // with the reference; else the norm of x
-  TokenRows reference;
-  Type reference_type;
-  float* out;           // [B, N] contiguous
-  int32_t heads;        // of value_norm
-  int64_t head;         // elements from one head to the next
-  int32_t lanes;        // of one head, a power of two
-};
 
 // The sum over groups of `lanes` lanes; every lane of a group gets the same bits.
 FASTCACHE_DEVICE double sum_lanes(double value, int lanes = 32) {

@@ -16,28 +16,10 @@
 #pragma once
 
 #include "fastcache/cuda/target.cuh"
+#include "fastcache/cuda/tokens.h"
 #include "fastcache/cuda/values.cuh"
 
 namespace fastcache::cuda {
-
-constexpr int32_t kBadCount = 4;  // bit of the sticky error flag, beside kBadGate and kBadSlot
-
-// Strides in elements.
-struct Selection {
-  int32_t N, capacity;
-  const float* score;
-  int64_t score_row, score_token;
-  int32_t* age;
-  int64_t age_row, age_token;
-  const int32_t* counts;
-  int64_t counts_stride;
-  int32_t* slots;  // [R, N] contiguous
-  int32_t* index;  // [R, capacity] contiguous
-  float age_weight, bonus;
-  bool aged, normalize;
-  int32_t width, cell;
-  int32_t* error_flag;
-};
 
 template <int THREADS>
 struct SelectShared {

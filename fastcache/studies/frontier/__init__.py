@@ -1,0 +1,1 @@
+"""`fastcache frontier`: what every policy costs and gives, over a grid of settings."""
