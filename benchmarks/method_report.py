@@ -11,14 +11,14 @@ def method_sections(rows: Sequence[MethodRow]) -> list[str]:
     """Generations, then kinds of steps."""
     if not rows:
         return []
-    headings = ("model", "method", "way", "plan", "generation ms", "begin ms", "measured x", "ideal x", "measured / ideal", "error")
+    headings = ("model", "method", "way", "plan", "generation ms", "typical ms", "begin ms", "measured x", "ideal x", "measured / ideal", "error")
     cells = [
-        (row.model, row.method, row.way, row.plan, milliseconds(row.generation), milliseconds(row.begin), times(row.speedup), times(row.ideal), times(row.quotient), "-" if row.error is None else f"{row.error:.0e}")
+        (row.model, row.method, row.way, row.plan, milliseconds(row.generation), f"{row.typical_us / 1e3:.2f}", milliseconds(row.begin), times(row.speedup), times(row.ideal), times(row.quotient), "-" if row.error is None else f"{row.error:.0e}")
         for row in rows
     ]
     return [
         "## Methods: generations of random float32 DiTs", "",
-        "Ideal: uncached FLOPs over planned ones. `original` executes the method as its authors do, `begun` announces timesteps and labels.", "", *table(headings, cells),
+        "Typical: every step at its own median over the rounds; measured: uncached over this, both typical. Ideal: uncached FLOPs over planned ones. `original` executes the method as its authors do, `begun` announces timesteps and labels.", "", *table(headings, cells),
         "## Methods: steps, and what limits them", "",
         "Floors in ms, each alone: arithmetic at the rate of this run's uncached steps, weights at its read bandwidth, features and stream at its copy bandwidth. "
         f"A step beyond {NEAR:.0f} times its largest floor is limited by its operators and the host.", "",

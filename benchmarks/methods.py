@@ -102,8 +102,9 @@ class KindRow:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method executed one way. speedup: uncached generation over this one, medians of the same run;
-    ideal: by FLOPs; error: relative RMS of all outputs against the original's. ridge_rows: rows (B K) of a
+    """One method executed one way. generation: time of all steps and of `begin`, typical_us: the same as a sum of
+    every step's own median over the rounds, which a disturbed step does not move. speedup: uncached
+    over this one, both typical; ideal: by FLOPs; error: relative RMS of all outputs against the original's. ridge_rows: rows (B K) of a
     body below which its weights take longer to read than its arithmetic takes, in this run."""
 
     model: str
@@ -112,6 +113,7 @@ class MethodRow:
     plan: str
     generation: Timing
     begin: Timing | None
+    typical_us: float
     speedup: float
     ideal: float
     error: float | None
@@ -131,11 +133,18 @@ class Samples:
     steps: dict[str, list[float]] = field(default_factory=dict)
     begin: list[float] = field(default_factory=list)
     generation: list[float] = field(default_factory=list)
+    by_step: list[list[float]] = field(default_factory=list)
+
+    @property
+    def typical(self) -> float:
+        """Seconds of a generation of typical steps."""
+        return sum(map(statistics.median, zip(*self.by_step))) + statistics.median(self.begin)
 
     def add(self, generation: "Generation", kinds: Sequence[str]) -> None:
         """One more generation."""
         for kind, seconds in zip(kinds, generation.seconds, strict=True):
             self.steps.setdefault(kind, []).append(seconds)
+        self.by_step.append(generation.seconds)
         self.begin.append(generation.begin)
         self.generation.append(sum(generation.seconds) + generation.begin)
 
@@ -206,7 +215,7 @@ class Contest:
 
 @torch.inference_mode()
 def measure_methods(effort: Effort, sizes: Sequence[ModelSize] = MODEL_SIZES, methods: Sequence[Method] = METHODS, say: Callable[[str], None] = lambda text: None) -> tuple[MethodRow, ...]:
-    """Generations take turns, after one of each to check the values and count operators. On the CPU."""
+    """Generations take turns, the uncached one before every method, after one of each to check the values and count operators. On the CPU."""
     rows = []
     for size in sizes:
         contest = Contest(size, methods)
@@ -215,14 +224,16 @@ def measure_methods(effort: Effort, sizes: Sequence[ModelSize] = MODEL_SIZES, me
         samples = [Samples() for _ in contest.entrants]
         begun, rounds = time.perf_counter(), 0
         while rounds < effort.min_rounds or (rounds < effort.max_rounds and time.perf_counter() - begun < effort.seconds):
-            for (method, way), own in zip(contest.entrants, samples):
+            for (method, way), own in zip(contest.entrants[1:], samples[1:]):
+                if way is Way.ORIGINAL:
+                    samples[0].add(contest.generate(None, None), contest.kinds(None))
                 own.add(contest.generate(method, way), contest.kinds(method))
             rounds += 1
-        uncached = statistics.median(samples[0].generation)
+        uncached = samples[0].typical
         found = [_row(contest, method, way, own, counts, error, uncached) for (method, way), own, counts, error in zip(contest.entrants, samples, operators, errors)]
         rows += found
         for row in found:
-            say(f"methods: {row.model}, {row.method}, {row.way}: {row.generation.median_us / 1e3:.0f} ms, {row.speedup:.2f}x, {row.quotient:.2f} of ideal")
+            say(f"methods: {row.model}, {row.method}, {row.way}: {row.typical_us / 1e3:.0f} ms, {row.speedup:.2f}x, {row.quotient:.2f} of ideal")
     return tuple(rows)
 
 
@@ -244,11 +255,12 @@ def _row(contest: Contest, method: Method | None, way: Way | None, samples: Samp
     kinds = contest.kinds(method)
     rows = tuple(KindRow(kind, kinds.count(kind), Timing.of(found), int(statistics.median(count for count, other in zip(operators, kinds) if other == kind))) for kind, found in samples.steps.items())
     generation, begin = Timing.of(samples.generation), Timing.of(samples.begin) if way is Way.BEGUN else None
-    speedup = 1e6 * uncached / generation.median_us
+    typical_us = 1e6 * samples.typical
+    speedup = 1e6 * uncached / typical_us
     if method is None:
-        return MethodRow(contest.size.name, UNCACHED, "host", f"{contest.size.steps} steps", generation, begin, speedup, 1.0, None, rows)
+        return MethodRow(contest.size.name, UNCACHED, "host", f"{contest.size.steps} steps", generation, begin, typical_us, speedup, 1.0, None, rows)
     schedule = contest.schedules[method.name]
-    return MethodRow(contest.size.name, method.name, way.value, described(contest.policies[method.name], schedule), generation, begin, speedup, schedule.ideal_speedup(), error, rows)
+    return MethodRow(contest.size.name, method.name, way.value, described(contest.policies[method.name], schedule), generation, begin, typical_us, speedup, schedule.ideal_speedup(), error, rows)
 
 
 def described(policy: Policy, schedule: Schedule) -> str:

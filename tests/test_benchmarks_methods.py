@@ -11,7 +11,7 @@ from benchmarks.correctness import WrongValues  # noqa: E402
 from benchmarks.machine import threads  # noqa: E402
 from benchmarks.method_floors import ridge_rows, step_floors, stream_bytes, weight_bytes  # noqa: E402
 from benchmarks.method_report import method_sections  # noqa: E402
-from benchmarks.methods import METHODS, TINY_MODEL, UNCACHED, Contest, Method, Way, alternating, checked, measure_methods, with_floors  # noqa: E402
+from benchmarks.methods import METHODS, TINY_MODEL, UNCACHED, Contest, Generation, Method, Samples, Way, alternating, checked, measure_methods, with_floors  # noqa: E402
 from benchmarks.timing import Effort  # noqa: E402
 from fastcache import FORA, SmoothCache, ToCa  # noqa: E402
 from fastcache.schedule import COMPUTE, REUSE, StepPlan, forecast, full_step, refresh, skip_step, uniform_step  # noqa: E402
@@ -57,7 +57,8 @@ def test_rows_follow_from_the_medians_and_the_plan() -> None:
     uncached, original, *ours = rows
     assert uncached.method == UNCACHED and uncached.speedup == pytest.approx(1.0) and [row.way for row in rows[1:]] == [way.value for way in Way]
     schedule = ToCa(fresh_threshold=3).schedule(TINY_MODEL.steps, Contest(TINY_MODEL).layout)
-    assert original.ideal == schedule.ideal_speedup() and original.quotient == pytest.approx(uncached.generation.median_us / original.generation.median_us / original.ideal)
+    assert original.ideal == schedule.ideal_speedup() and original.quotient == pytest.approx(uncached.typical_us / original.typical_us / original.ideal)
+    assert uncached.generation.rounds == original.generation.rounds == 2 and ours[-1].typical_us > ours[-1].begin.median_us
     assert {kind.kind: kind.steps for kind in original.kinds} == schedule.kinds()
     assert original.begin is None and ours[-1].begin is not None
     found = with_floors(rows, 10.0, 20.0, (TINY_MODEL,), METHODS[:1])
@@ -65,6 +66,13 @@ def test_rows_follow_from_the_medians_and_the_plan() -> None:
     assert found[0].kinds[0].floors.arithmetic == pytest.approx(uncached.kinds[0].timing.median_us / 1e3)
     text = "\n".join(method_sections(found))
     assert "measured / ideal" in text and "limited by" in text and "waits for its weights" in text
+
+
+def test_a_disturbed_step_does_not_move_the_typical_generation() -> None:
+    samples, quiet = Samples(), [1.0, 2.0, 3.0]
+    for seconds in (quiet, [1.0, 90.0, 3.0], quiet):
+        samples.add(Generation(torch.empty(0), seconds, 0.5, []), ["full", "partial", "partial"])
+    assert samples.typical == 6.5 and sorted(samples.generation) == [6.5, 6.5, 94.5] and samples.steps["full"] == [1.0, 1.0, 1.0]
 
 
 def test_floors_are_those_counted_by_hand() -> None:
