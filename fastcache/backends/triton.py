@@ -17,6 +17,7 @@ from fastcache.backends import checks
 from fastcache.backends.index_flags import error_flag
 from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
 from fastcache.backends.triton_config import row_config, sum_config
+from fastcache.backends.triton_launch import aligned, on
 from fastcache.backends.tuning import row_bucket, term_bucket, tuned
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
@@ -69,7 +70,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
     partial = torch.empty(0 if reference is None else (B, N, 3), dtype=torch.float32, device=x.device)
     if x.numel():
         operands = [t for t in (x, *features, gates, slot, fresh, shift, scale, norm_weight, norm_bias, reference) if t is not None]
-        pointer_align, unit = (16, 8) if all(_aligned(t) for t in operands) and D % 8 == 0 else (1, 1)
+        pointer_align, unit = (16, 8) if all(aligned(t) for t in operands) and D % 8 == 0 else (1, 1)
         gate = vector_view(gates, x, packed=gate_index is not None)
         slot_float8 = slot_scale is not None
         stored = slot.view(torch.uint8) if slot_float8 else slot
@@ -84,7 +85,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
         gate_row = gates.stride(0) if gate_index is not None else 0
         gate_count = gates.shape[0] if gate_index is not None else 0
         buckets = term_bucket(len(features)), row_bucket(B * N)
-        with _on(x.device):
+        with on(x.device):
             if norm == 0 and reference is None and not slot_float8:
                 config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(B, N, D, len(features))
                 grid = (triton.cdiv(D, config.columns), triton.cdiv(N, config.rows), B)
@@ -126,11 +127,3 @@ def _kept_table(values: tuple[int, ...], device: torch.device) -> Tensor:
         table = torch.tensor(values, dtype=torch.int64)
         return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
-
-def _aligned(tensor: Tensor) -> bool:
-    """True if every row starts at 16 bytes and strides keep it so."""
-    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1)
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)

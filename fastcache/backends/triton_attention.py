@@ -1,12 +1,11 @@
 """The launch of attention_received in Triton."""
-from contextlib import AbstractContextManager
-
 import torch
 import triton
 from torch import Tensor
 
 from fastcache.backends import token_checks as checks
 from fastcache.backends.triton_config import attention_config, head_split
+from fastcache.backends.triton_launch import aligned, on
 from fastcache.kernels.attention_received import lse_kernel, received_kernel
 
 
@@ -17,13 +16,13 @@ def attention_received(q: Tensor, k: Tensor, lse: Tensor | None = None, scale: f
     partial = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
     if min(B, H, N, M) == 0:
         return partial.zero_().sum(1)
-    align, unit = (16, 8) if d % 8 == 0 and _aligned(q) and _aligned(k) else (1, 1)
+    align, unit = (16, 8) if d % 8 == 0 and aligned(q) and aligned(k) else (1, 1)
     config = attention_config(q.dtype, d, M)
     head, tail = head_split(d)
     strides = [stride // unit for tensor in (q, k) for stride in tensor.stride()[:3]]
     shared = dict(D=d, HEAD=head, TAIL=tail, PRECISION="ieee", ALIGN=align, UNIT=unit, KEYS=config.keys, QUERIES=config.queries, STAGES=config.stages, num_warps=config.warps)
     scale = d**-0.5 if scale is None else scale
-    with _on(q.device):
+    with on(q.device):
         if lse is None:
             lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
             # its rows are queries, so the two sides of the tile change places
@@ -31,11 +30,3 @@ def attention_received(q: Tensor, k: Tensor, lse: Tensor | None = None, scale: f
         received_kernel[(triton.cdiv(M, config.keys), H, B)](q, k, lse.contiguous(), partial, N, M, scale, *strides, **shared)
     return partial.sum(1) / H
 
-
-def _aligned(tensor: Tensor) -> bool:
-    """True if every row of every head starts at 16 bytes and strides keep it so."""
-    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1)
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
