@@ -123,7 +123,7 @@ def test_patterns_choose_by_method_name_or_file_name():
 
 def test_every_setting_of_the_default_grid_has_a_file_of_its_own():
     assert len({setting.slug for setting in DEFAULT_GRID}) == len(DEFAULT_GRID)
-    usual = [(setting.method, setting.interval) for setting in DEFAULT_GRID if setting.usual]
+    usual = [(setting.method, setting.interval) for setting in DEFAULT_GRID if setting.usual and setting.interval is not None]
     assert len(set(usual)) == len(usual)
     for interval in (3, 5):
         assert {method for method, n in usual if n == interval} == {"FORA", "ToCa", "DuCa", "TaylorSeer"}

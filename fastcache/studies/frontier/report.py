@@ -16,8 +16,10 @@ from fastcache.studies.frontier.results import FrontierRow, write_whole
 
 NO_ROUTER = "No L2C router was trained for this model: the setting `SmoothCache 2x per layer` stands for schedules of single layers."
 INTERVALS = (
-    "Equal interval is not equal speed: ToCa and DuCa set shorter intervals as sampling goes on and so compute more steps in full than FORA and "
-    "TaylorSeer at the same number; compare the ideal speedups that are given with each."
+    "Equal interval is not equal work: on DiT, ToCa and DuCa start with a longer interval than the one that is set (5 for 3) and end with a shorter one (2), "
+    "and compute more steps in full than FORA and TaylorSeer; compare the ideal speedups that are given with each. Glyph DiT's features change fastest in the "
+    "first steps (results/calibration-curves.json), where the longer interval reuses them longest: an order of ToCa or DuCa behind FORA comes from those steps, "
+    "not from the refreshed tokens."
 )
 COLUMNS = ("setting", "s a picture", "speedup", "ideal", "quotient", "Frechet", "PSNR", "read", "steps", "features")
 
