@@ -69,7 +69,7 @@ class ModelSize:
 
 MODEL_SIZES = (
     ModelSize("Glyph DiT B2", DiTConfig(input_size=32, patch_size=4, in_channels=3, hidden_size=160, depth=12, num_heads=5, num_classes=36, learn_sigma=False), 50),
-    ModelSize("DiT-B/2 B2", DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=12, num_heads=12), 20),
+    ModelSize("DiT-B/2 B2", DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=12, num_heads=12), 12),
 )
 TINY_MODEL = ModelSize("Tiny DiT", DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4), 8)
 
