@@ -3,7 +3,8 @@
 A reuse step needs the gates of every block and nothing else of their modulations. Their rows of the
 hosts' projections are copied into one matrix, once: the step then launches one product instead of
 one per gate, which at small batches costs more than the trunk. The copies are made again whenever a
-host's weight is another tensor or was written (LoRA merges, loading, offloading, `.to()`).
+host's weight is another tensor or was written (LoRA merges, loading, offloading, `.to()`); whether
+the projections are plain is asked once a generation.
 """
 from dataclasses import dataclass
 
@@ -24,11 +25,13 @@ class _Copies:
 
 
 class GateBank:
-    """Gates [L * G, B, D] of all blocks from a condition [B, C]; row G * block + g."""
+    """Gates [L * G, B, D] of all blocks from a condition [B, C], row G * block + g; other vectors block by block."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._copies: _Copies | None = None
+        self._projections: list[GateProjection | None] | None = None
+        self._activated: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property
     def nbytes(self) -> int:
@@ -37,11 +40,22 @@ class GateBank:
             return 0
         return sum(t.numel() * t.element_size() for t in (self._copies.weight, self._copies.bias) if t is not None)
 
+    @property
+    def vectors_held(self) -> tuple[int, ...]:
+        """Numbers of the vectors that `gates` returns of each block, in order."""
+        return self._projections[0].gates
+
+    def look_again(self) -> None:
+        """A generation begins or ended: modules may have been hooked, wrapped or replaced."""
+        self._projections, self._activated = None, (None, None)
+
     def gates(self, condition: Tensor) -> Tensor | None:
         """None where the host's projections are not plain, or there would be nothing to save."""
         if condition.ndim != 2 or torch.is_autocast_enabled(condition.device.type):
             return None
-        projections = [self._host.gate_projection(block) for block in self._host.blocks]
+        if self._projections is None:
+            self._projections = [self._host.gate_projection(block) for block in self._host.blocks]
+        projections = self._projections
         if len(projections) < 2 or any(projection is None for projection in projections):
             return None
         state = _state(projections)
@@ -49,26 +63,38 @@ class GateBank:
             return None
         if self._copies is None or self._copies.state != state:
             self._copies = None  # freed before its successor is made
-            if sum(p.weight.numel() * p.weight.element_size() * p.share for p in projections) > MOST_BYTES:
+            if sum(len(p.gates) * p.width * p.linear.in_features * p.linear.weight.element_size() for p in projections) > MOST_BYTES:
                 return None
             self._copies = _copied(projections, state)
-        projection = projections[0]
-        made = F.linear(projection.activation(condition), self._copies.weight, self._copies.bias)
-        return made.unflatten(-1, (-1, projection.width)).transpose(0, 1)
+        made = F.linear(self._activation(projections[0], condition), self._copies.weight, self._copies.bias)
+        return made.unflatten(-1, (-1, projections[0].width)).transpose(0, 1)
+
+    def vectors(self, number: int, first: int, last: int, condition: Tensor) -> Tensor:
+        """[B, last - first, D]: vectors first .. last - 1 of one block, from its own weights; only after `gates` gave some."""
+        projection = self._projections[number]
+        return F.linear(self._activation(projection, condition), *projection.rows(first, last)).unflatten(-1, (last - first, -1))
+
+    def _activation(self, projection: GateProjection, condition: Tensor) -> Tensor:
+        known, activated = self._activated
+        if known is not condition:
+            activated = projection.activation(condition)
+            self._activated = condition, activated
+        return activated
 
 
 def _copied(projections: list[GateProjection], state: tuple) -> _Copies:
     with torch.no_grad():
-        weight = torch.cat([p.weight[rows] for p in projections for rows in p.rows])
-        biased = projections[0].bias is not None
-        bias = torch.cat([p.bias[rows] for p in projections for rows in p.rows]) if biased else None
+        rows = [p.rows(gate, gate + 1) for p in projections for gate in p.gates]
+        weight = torch.cat([weight for weight, _ in rows])
+        bias = None if rows[0][1] is None else torch.cat([bias for _, bias in rows])
     return _Copies(weight, bias, state)
 
 
 def _state(projections: list[GateProjection]) -> tuple | None:
     """What changes if any weight is replaced or written; None where that cannot be told."""
-    first = projections[0]
-    tensors = [t for p in projections for t in (p.weight, p.bias) if t is not None]
-    if any(t.is_inference() for t in tensors) or any((p.bias is None) != (first.bias is None) or p.weight.dtype != first.weight.dtype or p.weight.device != first.weight.device for p in projections):
+    weights, biases = [p.linear.weight for p in projections], [p.linear.bias for p in projections]
+    tensors = weights + [bias for bias in biases if bias is not None]
+    alike = all(w.dtype == weights[0].dtype and w.device == weights[0].device for w in weights) and len(tensors) in (len(weights), 2 * len(weights))
+    if not alike or any(t.is_inference() for t in tensors):
         return None
     return tuple((t.data_ptr(), t._version) for t in tensors)

@@ -26,12 +26,15 @@ TRUNK = -1  # feature index of the trunk's output, kept for skipped steps
 class Vectors:
     """Modulation of one block: [B, V, D] of the host, gates alone, or rows of a table.
 
-    bank [L * G, B, D]: gates of all blocks; this block's begin at row `first`.
+    bank [L * G, B, D]: gates of all blocks; this block's begin at row `first`. Beside it, `every`
+    may hold vectors from number `start` on only.
     """
 
     every: Tensor | None = None
+    start: int = 0
     gates: list[Tensor | None] | None = None
     bank: Tensor | None = None
+    banked: tuple[int, ...] = ()  # vectors that the bank holds of each block
     table: Tensor | None = None
     first: int = 0
 
@@ -39,7 +42,7 @@ class Vectors:
         """Shift or scale vector [B, D]."""
         if row is None:
             return None
-        return self.every[:, row] if self.table is None else self.table[self.first + row]
+        return self.every[:, row - self.start] if self.table is None else self.table[self.first + row]
 
     def gate(self, number: int, branch: HostBranch) -> tuple[Tensor | None, int | None]:
         """(gate, row) of a branch as ResidualStream.add takes it."""
@@ -48,7 +51,7 @@ class Vectors:
         if self.table is not None:
             return self.table, self.first + branch.gate
         if self.bank is not None:
-            return self.bank, self.first + number
+            return self.bank, self.first + self.banked.index(branch.gate)
         return (self.gates[number] if self.every is None else self.every[:, branch.gate]), None
 
 
@@ -101,6 +104,7 @@ class Trunk:
         """Free every feature and forget the stream."""
         self._stores.clear()
         self._selectors.clear()
+        self._bank.look_again()
         self._stream = self._tip = None
 
     def history(self) -> list[list[Tensor]]:
@@ -269,18 +273,25 @@ class Trunk:
                 self._table_row = self._table.vectors[self._step]
             return Vectors(table=self._table_row, first=number * self._host.vectors)
         block = self._blocks[number]
-        if not any(self._runs_body(self._plan.actions[index]) for index in self._indices[number]):
-            return self._gates_alone(number, block, condition)
-        return Vectors(every=self._host.modulation(block, condition))
+        running = [branch for index, branch in zip(self._indices[number], self._programs[number], strict=True) if self._runs_body(self._plan.actions[index])]
+        if len(running) == len(self._programs[number]):
+            return Vectors(every=self._host.modulation(block, condition))
+        bank = self._gates_of_all(condition)
+        if bank is None:
+            return Vectors(every=self._host.modulation(block, condition)) if running else Vectors(gates=self._host.gates(block, condition, self._memo))
+        banked = self._bank.vectors_held
+        first = number * len(banked)
+        wanted = [row for branch in running for row in (branch.shift, branch.scale) if row is not None]
+        if not wanted:
+            return Vectors(bank=bank, banked=banked, first=first)
+        return Vectors(bank=bank, banked=banked, first=first, start=min(wanted), every=self._bank.vectors(number, min(wanted), max(wanted) + 1, condition))
 
-    def _gates_alone(self, number: int, block: torch.nn.Module, condition: Tensor) -> Vectors:
-        """Gates of a block that runs no body: from the bank of all blocks, which share a condition, or its own."""
+    def _gates_of_all(self, condition: Tensor) -> Tensor | None:
+        """Gates of all blocks, which share a condition, made at the first block that asks; None if this block's is another."""
         known, bank = self._memo.get("bank", (None, None))
         if known is None and len(self._plan.run_blocks) > 1:
             known, bank = self._memo["bank"] = condition, self._bank.gates(condition)
-        if known is condition and bank is not None:
-            return Vectors(bank=bank, first=number * (bank.shape[0] // len(self._blocks)))
-        return Vectors(gates=self._host.gates(block, condition, self._memo))
+        return bank if known is condition else None
 
     @staticmethod
     def _runs_body(action: Action) -> bool:

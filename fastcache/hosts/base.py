@@ -34,18 +34,17 @@ class HostBranch:
 
 @dataclass(frozen=True)
 class GateProjection:
-    """The part of a block's modulation that makes its gates: rows of a plain Linear after an activation."""
+    """A block's modulation where it is a plain Linear after an activation: `width` rows a vector, gates among them."""
 
     activation: Callable[[Tensor], Tensor]
-    weight: Tensor
-    bias: Tensor | None
-    rows: tuple[slice, ...]  # one per branch that has a gate, of `width` rows each
+    linear: nn.Linear
+    gates: tuple[int, ...]  # vectors that are gates, one per branch that has one
     width: int
 
-    @property
-    def share(self) -> float:
-        """Gate rows over all rows."""
-        return len(self.rows) * self.width / self.weight.shape[0]
+    def rows(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of vectors first .. last - 1, views of the host's own."""
+        rows = slice(first * self.width, last * self.width)
+        return self.linear.weight[rows], None if self.linear.bias is None else self.linear.bias[rows]
 
 
 class Host(abc.ABC):
@@ -92,7 +91,7 @@ class Host(abc.ABC):
         """Gate [B, D] of every branch, computed alone where that is safe. `memo` lives one step."""
 
     def gate_projection(self, block: nn.Module) -> GateProjection | None:
-        """How the gates of a block are made, None if by anything but a plain projection."""
+        """How the vectors of a block are made, None if by anything but a plain projection."""
         return None
 
     @abc.abstractmethod

@@ -87,9 +87,7 @@ class DiTHost(Host):
         projection = block.adaLN_modulation
         if not (is_plain(projection, nn.Sequential) and len(projection) == 2 and is_plain(projection[0], nn.SiLU) and is_plain(projection[1], nn.Linear)):
             return None
-        weight, bias = projection[1].weight, projection[1].bias
-        width = weight.shape[0] // self.vectors
-        return GateProjection(F.silu, weight, bias, tuple(slice(row * width, (row + 1) * width) for row in GATES), width)
+        return GateProjection(F.silu, projection[1], GATES, projection[1].weight.shape[0] // self.vectors)
 
     def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
         projection = self.gate_projection(block)
@@ -100,8 +98,7 @@ class DiTHost(Host):
         if known is not condition:
             activated = projection.activation(condition)
             memo["silu"] = condition, activated
-        weight, bias = projection.weight, projection.bias
-        return [F.linear(activated, weight[rows], None if bias is None else bias[rows]) for rows in projection.rows]
+        return [F.linear(activated, *projection.rows(gate, gate + 1)) for gate in projection.gates]
 
     def step_conditions(self, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         if set(conditions) != {"y"}:
