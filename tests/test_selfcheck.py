@@ -41,26 +41,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 def test_the_definition_agrees_with_itself() -> None:
-    assert selfcheck.disagreement(eager, CPU) == ""
+    assert {operator: selfcheck.disagreement(eager, CPU, operator) for operator in OPERATORS} == dict.fromkeys(OPERATORS, "")
 
 
 @pytest.mark.parametrize(("operator", "output", "case"), [("residual_update", 0, "sum"), ("residual_update", 1, "modulate"), ("residual_update_scatter_", 0, "refresh")])
 def test_one_wrong_element_of_any_operator_is_found_and_named(operator: str, output: int, case: str) -> None:
-    assert selfcheck.disagreement(broken(operator, output), CPU).startswith(f"{case}: ")
+    assert selfcheck.disagreement(broken(operator, output), CPU, operator).startswith(f"{case}: ")
 
 
 def test_a_backend_that_raises_disagrees_with_the_reason() -> None:
     def raises(*args, **kwargs):
         raise RuntimeError("no kernel image is available")
 
-    assert selfcheck.disagreement(types.SimpleNamespace(residual_update=raises), CPU) == "sum: no kernel image is available"
+    assert selfcheck.disagreement(types.SimpleNamespace(residual_update=raises), CPU, "residual_update") == "sum: no kernel image is available"
 
 
 def test_a_backend_that_is_wrong_is_passed_over_with_a_warning_and_the_next_one_runs(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         assert backends.chosen_name(gpu) == "triton"
     (message,) = caplog.messages
-    assert message.startswith("backend cuda disagrees with eager on cpu and will not be used: sum: ")
+    assert message.startswith("backend cuda disagrees with eager on cpu and will not run residual_update: sum: ")
 
 
 def test_nothing_is_checked_or_remembered_while_fake_tensors_stand_for_values(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
@@ -81,7 +81,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(gpu: torch.device, monkeyp
     backends.choose(gpu, torch.float32)
     assert not backends._AGREED
     with pytest.raises(RuntimeError, match="selfcheck: a backend cannot be checked inside a CUDA graph capture"):
-        selfcheck.disagreement(eager, gpu)
+        selfcheck.disagreement(eager, gpu, "residual_update")
 
 
 def test_the_operators_of_the_check_are_not_counted_as_the_callers(gpu: torch.device) -> None:

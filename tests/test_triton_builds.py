@@ -55,7 +55,8 @@ def test_a_misaligned_tensor_has_a_path_of_its_own() -> None:
 @each_architecture
 @pytest.mark.parametrize(("feature", "float8"), [(tl.float32, False), (tl.float16, False), (tl.uint8, True)], ids=["fp32", "fp16", "fp8"])
 def test_every_feature_type_compiles_on_every_architecture(feature, float8: bool, capability: int) -> None:
-    build = compiled(sum_kernel, dict(SHARED, F=feature, FLOAT8=float8, SCALED=float8, ROWS=16, COLUMNS=128, STAGES=4), capability, 4, tensor="fp32")
+    config = sum_config(64, 256, 1152, 56, float8)
+    build = compiled(sum_kernel, dict(SHARED, F=feature, FLOAT8=float8, SCALED=float8, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages), capability, config.warps, tensor="fp32")
     assert build.stack == build.local == 0
 
 
@@ -63,7 +64,7 @@ def test_every_feature_type_compiles_on_every_architecture(feature, float8: bool
 @pytest.mark.parametrize("batch", [1, 2, 8, 64])
 @pytest.mark.parametrize("terms", [0, 1, 2, 3, 56])
 def test_the_heuristic_chooses_legal_tiles(terms: int, batch: int, width: int) -> None:
-    assert sum_config(batch, 256, width, terms) in SUM_CONFIGS
+    assert sum_config(batch, 256, width, terms) in SUM_CONFIGS and sum_config(batch, 256, width, terms, True) in SUM_CONFIGS
     assert row_config(width).columns >= width
 
 

@@ -35,7 +35,7 @@ def residual_update_scatter(x, slot, fresh, fresh_slots, features, position, slo
     _unit_stride("fresh", fresh)
     _unit_stride("slot", slot)
     _require(fresh.dtype in FLOATS, f"fresh: expected float32, float16, bfloat16 or float64, got {fresh.dtype}", TypeError)
-    shared = [d for d in range(3) if slot.shape[d] > 1 and slot.stride(d) == 0]
+    shared = [d for d in range(3) if slot.shape[d] > 1 and slot.stride(d) == 0 and slot.numel() > 0]
     _require(not shared, f"slot: is written, so its rows must not share memory, got strides {list(slot.stride())}")
     if fresh_slots is None:
         _require(fresh.shape[1] == N, f"fresh: expected [{B}, {N}, {D}] when fresh_slots is None, got {list(fresh.shape)}")

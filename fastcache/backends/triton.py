@@ -87,7 +87,7 @@ def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, 
         buckets = term_bucket(len(features)), row_bucket(B * N)
         with on(x.device):
             if norm == 0 and reference is None and not slot_float8:
-                config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(B, N, D, len(features))
+                config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(B, N, D, len(features), shared["FLOAT8"])
                 grid = (triton.cdiv(D, config.columns), triton.cdiv(N, config.rows), B)
                 sum_kernel[grid](
                     x, out, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(fresh), or_x(fresh_slots), error_flag(x.device),

@@ -53,10 +53,14 @@ def legal_row_configs(D: int) -> tuple[RowConfig, ...]:
     return tuple(RowConfig(columns, warps, 1) for warps in (1, 2, 4, 8, 16) if 4 <= columns // (32 * warps) <= 64 or warps == row_config(D).warps)
 
 
-def sum_config(B: int, N: int, D: int, terms: int) -> SumConfig:
-    """The largest tile that still gives every multiprocessor several programs; pipelined from 3 terms up."""
+def sum_config(B: int, N: int, D: int, terms: int, float8: bool = False) -> SumConfig:
+    """The largest tile that still gives every multiprocessor several programs; pipelined from 3 terms up.
+
+    float8 features go through 8 warps in the largest tile: unpacked by 4, they reach the stack on sm_100.
+    """
     columns = -(-D // SUM_COLUMNS)
-    tiles = ((16, 4), (8, 4), (4, 2)) if terms > 2 else ((16, 4),)
+    largest = (16, 8 if float8 else 4)
+    tiles = (largest, (8, 4), (4, 2)) if terms > 2 else (largest,)
     for rows, warps in tiles:
         if B * -(-N // rows) * columns >= PROGRAMS_WANTED:
             return SumConfig(rows, SUM_COLUMNS, warps, 4 if terms > 2 else 1)
