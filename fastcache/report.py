@@ -69,6 +69,14 @@ class Recorder:
     table_bytes: int = 0
     recomputed: int = 0
     generations: int = 0
+    counted_refreshing: set[str] = field(default_factory=set)
+
+    def is_new(self, kind: str, refreshes: bool) -> bool:
+        """True if operators of this kind are to be counted now: at its first step, and again at the first that recomputes tokens."""
+        if refreshes and kind not in self.counted_refreshing:
+            self.counted_refreshing.add(kind)
+            return True
+        return kind not in self.ops
 
     def start(self, device: torch.device) -> object:
         """A mark in time on the device."""

@@ -210,6 +210,11 @@ class StepPlan:
             return "partial"
         return "forecast" if Kind.FORECAST in kinds else "reuse"
 
+    @cached_property
+    def refreshes(self) -> bool:
+        """True if some branch recomputes some tokens: not every partial step does."""
+        return not self.skip and any(action.tokens for action in self.actions)
+
     def flops(self, batch: int = 1) -> int:
         """FLOPs of the whole model at this step: matrix multiplies and attention, 2 per MAC.
 

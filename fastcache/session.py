@@ -55,7 +55,7 @@ def accelerate(
             the memory and traffic of float32 ones, at one rounding.
         compile: compile the branch bodies (at most one graph per kind of body); a self-attention
             that gives tokens their scores runs as it is.
-        count_ops: count the operators of the first step of each kind, for the summary.
+        count_ops: count the operators of a step of each kind, for the summary.
         record_tokens: keep which tokens every step recomputed (Session.tokens); waits for the device.
         host: adapter class for a model of an unknown family.
 
@@ -224,8 +224,9 @@ class Session:
             self._busy = False
 
     def _measured(self, kind: str | None, device: torch.device, original: Callable, args: tuple, kwargs: dict, finish: Callable[[], None]) -> Any:
-        planned = kind or self._schedule.steps[self._step].kind
-        counter = OperatorCount() if self._count_ops and planned not in self._recorder.ops else None
+        plan = self._schedule.steps[self._step]
+        planned = kind or plan.kind
+        counter = OperatorCount() if self._count_ops and self._recorder.is_new(planned, plan.refreshes) else None
         begun = self._recorder.start(device)
         if counter is None:
             output = original(*args, **kwargs)

@@ -197,6 +197,18 @@ class OwnSoftmax(nn.Module):
         return self.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
 
 
+def test_the_summary_counts_a_partial_step_that_recomputes_tokens() -> None:
+    model = small_dit()
+    layout = recognise(model).layout()
+    nothing, some = (StepPlan(layout, tuple(REUSE if branch.name == "attn" else refresh(tokens) for branch in layout.branches)) for tokens in (0, 5))
+    counts = []
+    for steps in ((nothing,), (some,), (nothing, some)):
+        with fastcache.accelerate(model, Schedule(layout, (full_step(layout), *steps), selection=Selection("random"))) as session:
+            run(model, 1 + len(steps))
+        counts.append(session.summary().steps["partial"].ops)
+    assert counts[0] < counts[2] <= counts[1]  # the first step of all also copies the gate weights together
+
+
 def test_an_attention_without_a_fused_kernel_is_read_at_its_projection() -> None:
     model, schedule = small_dit(), partial_schedule(small_dit(), "attention")
     expected = run_naively(model, schedule)
