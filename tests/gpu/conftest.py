@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if NO_GPU and not (REHEARSAL and item.path.name == "test_gpu_values.py"):
+            if NO_GPU and not (REHEARSAL and item.path.name in ("test_gpu_tokens.py", "test_gpu_values.py")):
                 item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
