@@ -18,8 +18,8 @@ NO_ROUTER = "No L2C router was trained for this model: the setting `SmoothCache 
 INTERVALS = (
     "Equal interval is not equal work: on DiT, ToCa and DuCa start with a longer interval than the one that is set (5 for 3) and end with a shorter one (2), "
     "and compute more steps in full than FORA and TaylorSeer; compare the ideal speedups that are given with each. Glyph DiT's features change fastest in the "
-    "first steps (results/calibration-curves.json), where the longer interval reuses them longest: an order of ToCa or DuCa behind FORA comes from those steps, "
-    "not from the refreshed tokens."
+    "first steps (results/calibration-curves.json), where the longer interval reuses them longest, and where the authors' ratio refreshes no token yet: that is the likely reason where ToCa or DuCa "
+    "are behind FORA. Speedups are of three pairs of batches: on a busy machine they are rough."
 )
 COLUMNS = ("setting", "s a picture", "speedup", "ideal", "quotient", "Frechet", "PSNR", "read", "steps", "features")
 
