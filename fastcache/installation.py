@@ -69,6 +69,18 @@ class Installation:
             setattr(holder, attribute, before)
 
 
+def restore_all(installed: list[Installation]) -> None:
+    """Restore and forget every installation, the last one first; the first failure is raised when all were tried."""
+    failures = []
+    while installed:
+        try:
+            installed.pop().restore()
+        except Exception as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
 def installed_in(module: nn.Module) -> InstalledForward | None:
     """The FastCache forward that a module carries, if any."""
     return next((value for _, _, value in _places(module) if isinstance(value, InstalledForward)), None)

@@ -11,7 +11,7 @@ from fastcache import backends
 from fastcache.errors import ScheduleError, SessionError
 from fastcache.hosts import Host, recognise
 from fastcache.index_check import raise_index_errors
-from fastcache.installation import Installation, installed_in
+from fastcache.installation import Installation, installed_in, restore_all
 from fastcache.modulation import ModulationTable, build_table, checked_timesteps
 from fastcache.policies import Policy
 from fastcache.policies.base import positive_steps
@@ -148,14 +148,7 @@ class Session:
             raise SessionError(f"num_steps: the last generation ended after {step} of {self._schedule.num_steps} steps{halves}, so it did not follow the plan; pass num_steps={step} (model evaluations, not scheduler steps), or call session.reset() if you stopped on purpose")
 
     def _restore(self) -> None:
-        failures = []
-        while self._installed:
-            try:
-                self._installed.pop().restore()
-            except Exception as failure:
-                failures.append(failure)
-        if failures:
-            raise failures[0]
+        restore_all(self._installed)
 
     # -- generations ----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcache.errors import HostError, SessionError
-from fastcache.installation import Installation, installed_in
+from fastcache.installation import Installation, installed_in, restore_all
 from fastcache.session import refuse_tracing
 
 Call = Callable[["Component", Callable, tuple, dict[str, Any]], Any]
@@ -94,14 +94,7 @@ class Wrapping:
 
     def restore(self) -> None:
         """Put every forward back; the first failure is raised when all were tried."""
-        failures = []
-        while self._installed:
-            try:
-                self._installed.pop().restore()
-            except Exception as failure:
-                failures.append(failure)
-        if failures:
-            raise failures[0]
+        restore_all(self._installed)
 
 
 def input_form(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
