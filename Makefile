@@ -52,8 +52,8 @@ doctor: env
 	$(BIN)/fastcache doctor --verify
 
 train: env
-	$(BIN)/python -m fastcache.glyphs.train --out weights/glyph-dit.safetensors
-	$(BIN)/python -m fastcache.glyphs.classifier --out weights/glyph-classifier.safetensors
+	$(BIN)/python -m fastcache.workshop.glyphs.train --out weights/glyph-dit.safetensors
+	$(BIN)/python -m fastcache.workshop.glyphs.classifier --out weights/glyph-classifier.safetensors
 
 clean:
 	rm -rf build dist out *.egg-info fastcache/lib fastcache/_C*.so

@@ -12,7 +12,7 @@ import torch
 
 from fastcache import backends
 from fastcache.backends.library import cpu_capability
-from fastcache.environment import Environment, environment
+from fastcache.workshop.environment import Environment, environment
 
 UNKNOWN_CACHE = 32 << 20
 CACHE_FOLDER = Path("/sys/devices/system/cpu/cpu0/cache")

@@ -19,7 +19,7 @@ from fastcache.compat.smoothcache import SmoothCacheHelper
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.models.dit import Block, DiTConfig
-from fastcache.report import OperatorCount
+from fastcache.engine.record import OperatorCount
 from fastcache.schedule import Layout, Schedule
 
 ALLOWED_ERROR = 1e-3  # relative RMS over a whole generation: a tie between two tokens' scores may end either way

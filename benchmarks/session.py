@@ -15,7 +15,7 @@ from benchmarks.timing import Effort, Timing
 from fastcache import FORA, accelerate
 from fastcache.models import DiT
 from fastcache.models.dit import DiTConfig
-from fastcache.report import OperatorCount
+from fastcache.engine.record import OperatorCount
 
 ALLOWED_ERROR = 1e-4  # relative RMS between two orders of float32 arithmetic through a whole model
 

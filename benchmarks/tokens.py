@@ -14,7 +14,7 @@ from benchmarks.timing import Effort, Timing, measure
 from benchmarks.token_cases import BlockCase, ChoiceCase, Work
 from benchmarks.token_choices import ChoiceInputs, make_choice
 from benchmarks.token_sequences import BlockInputs, arguments, make_inputs, make_mlp
-from fastcache.report import OperatorCount
+from fastcache.engine.record import OperatorCount
 
 MOST_FLOPS = 6e10  # of a block on a CPU: beyond, one call takes seconds
 CHECKED_ROWS = 64  # of a sample, whose MLP is computed in float64

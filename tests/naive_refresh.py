@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcache.forecast import forecast_weights
+from fastcache.plan.forecast import forecast_weights
 from fastcache.models import DiT
 from fastcache.schedule import Kind, Schedule, Score
 from hosts import inputs

@@ -9,8 +9,7 @@ import fastcache
 ROOT = Path(fastcache.__file__).parent
 # from the bottom up; a name stands for a module or a package
 LAYERS = (
-    {"errors", "extras", "forecast", "kernels"}, {"backends"}, {"ops"}, {"stream"}, {"features"}, {"drawing", "editing", "published", "schedule"}, {"policies"}, {"hosts"},
-    {"deferred", "gate_bank", "index_check", "installation", "modulation", "report", "selector", "tap"}, {"trunk"}, {"session"}, {"calibration", "calibration_drawing", "calibration_run", "compat"}, {"environment", "metrics", "models", "verify"}, {"glyphs", "sampling"}, {"studies"}, {"cli"},
+    {"errors", "extras", "kernels"}, {"backends"}, {"ops"}, {"plan"}, {"stream"}, {"policies"}, {"hosts"}, {"engine"}, {"calibration"}, {"compat"}, {"models"}, {"workshop"}, {"schedule", "glyphs"}, {"cli"},
 )
 
 

@@ -12,7 +12,7 @@ from benchmarks.original import Original  # noqa: E402
 from benchmarks.original_taylorseer import OriginalTaylorSeer  # noqa: E402
 from benchmarks.original_toca import OriginalToCa, choose  # noqa: E402
 from fastcache.models import DiT  # noqa: E402
-from fastcache.report import OperatorCount  # noqa: E402
+from fastcache.engine.record import OperatorCount  # noqa: E402
 from fastcache.schedule import Selection  # noqa: E402
 from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error  # noqa: E402
 from hosts import STEPS, assert_close, inputs, small_dit  # noqa: E402

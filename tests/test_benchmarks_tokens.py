@@ -18,7 +18,7 @@ from benchmarks.token_sequences import make_inputs, make_mlp, ours  # noqa: E402
 from benchmarks.tokens import MLP_ALONE, PreparedBlock, binders, chosen_by, measure_block, measure_choice, measure_tokens  # noqa: E402
 from fastcache.backends.eager_tokens import select_tokens_  # noqa: E402
 from fastcache.models.dit import Mlp  # noqa: E402
-from fastcache.report import OperatorCount  # noqa: E402
+from fastcache.engine.record import OperatorCount  # noqa: E402
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)

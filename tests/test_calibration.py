@@ -8,12 +8,12 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import fastcache
-import fastcache.calibration_run
+import fastcache.calibration.errors
 from fastcache import Calibration, FORA, ScheduleError, SessionError, SmoothCache
-from fastcache.calibration import ErrorCurves, greedy_schedule
-from fastcache.calibration_run import ErrorObserver
+from fastcache.calibration.scan import ErrorCurves, greedy_schedule
+from fastcache.calibration.errors import ErrorObserver
 from fastcache.hosts import recognise
-from fastcache.published import FINGERPRINT
+from fastcache.plan.published import FINGERPRINT
 from fastcache.schedule import Branch, Layout
 from hosts import STEPS, foreign_dit, inputs, run, small_dit
 
@@ -282,7 +282,7 @@ class StandIn:
 @pytest.fixture(params=["session", "stand-in"])
 def session(request, monkeypatch) -> None:
     if request.param == "stand-in":
-        monkeypatch.setattr(fastcache.calibration_run, "Session", StandIn)
+        monkeypatch.setattr(fastcache.calibration.errors, "Session", StandIn)
 
 
 def shifted_run(model):

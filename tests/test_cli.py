@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 import fastcache.cli.main
 from fastcache import backends
 from fastcache.cli.app import app
-from fastcache.studies.comparison import SETTINGS, Sampler
-from fastcache.studies.demo import run_demo
+from fastcache.workshop.studies.comparison import SETTINGS, Sampler
+from fastcache.workshop.studies.demo import run_demo
 from fastcache.models import DiT
 from fastcache.models.checkpoint import Checkpoint, write_checkpoint
 from fastcache.policies import FORA
-from fastcache.studies.quality import run_quality
+from fastcache.workshop.studies.quality import run_quality
 from fastcache.schedule import Schedule
-from fastcache.verify import FORMS, verify
+from fastcache.ops.verify import FORMS, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -137,7 +137,7 @@ def test_sample_refuses_what_it_does_not_know(tmp_path, checkpoint, arguments, m
 
 
 def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastcache.studies.demo.PICTURES", range(6))
+    monkeypatch.setattr("fastcache.workshop.studies.demo.PICTURES", range(6))
     report = run_demo(tmp_path, rounds=1, sampler=Sampler(steps=8, batch_size=3))
     assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "steps.png", "tokens.png", "report.json"}
     written = json.loads((tmp_path / "report.json").read_text())
@@ -157,11 +157,11 @@ def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
 
 def test_quality_keeps_the_pictures_of_finished_settings(tmp_path, monkeypatch):
     settings = (SETTINGS[0], SETTINGS[2])
-    monkeypatch.setattr("fastcache.studies.quality.SETTINGS", settings)
+    monkeypatch.setattr("fastcache.workshop.studies.quality.SETTINGS", settings)
     sampler = Sampler(steps=5, batch_size=36)
     first = run_quality(tmp_path, per_class=2, sampler=sampler)
     calls = []
-    monkeypatch.setattr("fastcache.studies.comparison.sample", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr("fastcache.workshop.studies.comparison.sample", lambda *args, **options: calls.append(args))
     second = run_quality(tmp_path, per_class=2, sampler=sampler)
     assert calls == []
     for row, again in zip(first.rows, second.rows, strict=True):

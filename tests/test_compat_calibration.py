@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 from fastcache import SessionError, SmoothCache
 from fastcache.compat.smoothcache import CalibrationHelper, DiffuserCacheHelper, DiffuserCalibrationHelper
-from fastcache.published import FINGERPRINT
+from fastcache.plan.published import FINGERPRINT
 from component_model import STEPS, Block, Model, call_tiny, generation, model, tiny_diffusers_dit, x_of
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastcache.deferred
+import fastcache.stream.deferred
 from cases import assert_same_bits, laid_out, random_values
 from fastcache import ResidualStream
-from fastcache.deferred import Deferred
+from fastcache.stream.deferred import Deferred
 
 B, N, D = 2, 6, 24
 X, FEATURE, GATE, OTHER = (random_values(shape, "float32", seed) for seed, shape in enumerate([(B, N, D), (B, N, D), (B, D), (B, N, D)]))
@@ -255,8 +255,8 @@ def test_repr_says_what_is_pending_and_computes_nothing(deferred: Deferred) -> N
 
 def test_the_value_is_computed_once(deferred: Deferred, monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[str] = []
-    operator = fastcache.stream.residual_update
-    monkeypatch.setattr(fastcache.stream, "residual_update", lambda *args, **kwargs: launches.append("update") or operator(*args, **kwargs))
+    operator = fastcache.stream.residual_stream.residual_update
+    monkeypatch.setattr(fastcache.stream.residual_stream, "residual_update", lambda *args, **kwargs: launches.append("update") or operator(*args, **kwargs))
     for _ in range(3):
         deferred.sum()
         deferred[0]

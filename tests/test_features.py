@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastcache.errors import SessionError
-from fastcache.features import FeatureStore
+from fastcache.engine.features import FeatureStore
 
 
 def test_a_borrowed_slot_is_the_tensor_itself() -> None:

@@ -12,19 +12,19 @@ pytest.importorskip("diffusers")
 
 from typer.testing import CliRunner
 
-import fastcache.studies.frontier.measuring as measuring
+import fastcache.workshop.studies.frontier.measuring as measuring
 from fastcache.cli.app import app
 from fastcache.policies import FORA, TaylorSeer
-from fastcache.sampling import Samples
-from fastcache.studies.comparison import Sampler
-from fastcache.studies.frontier.front import FRECHET, PSNR, frechet_difference_error, fronts, order_checks, pareto_front
-from fastcache.studies.frontier.grid import DEFAULT_GRID, UNCACHED, FrontierSetting, chosen
-from fastcache.studies.frontier.judging import Judge
-from fastcache.studies.frontier.measuring import compared_batches
-from fastcache.studies.frontier.plan import TINY, FrontierOptions, plan_frontier
-from fastcache.studies.frontier.report import order_lines
-from fastcache.studies.frontier.results import FrontierRow, Store, fingerprint_of
-from fastcache.studies.frontier.run import run_frontier
+from fastcache.workshop.sampling import Samples
+from fastcache.workshop.studies.comparison import Sampler
+from fastcache.workshop.studies.frontier.front import FRECHET, PSNR, frechet_difference_error, fronts, order_checks, pareto_front
+from fastcache.workshop.studies.frontier.grid import DEFAULT_GRID, UNCACHED, FrontierSetting, chosen
+from fastcache.workshop.studies.frontier.judging import Judge
+from fastcache.workshop.studies.frontier.measuring import compared_batches
+from fastcache.workshop.studies.frontier.plan import TINY, FrontierOptions, plan_frontier
+from fastcache.workshop.studies.frontier.report import order_lines
+from fastcache.workshop.studies.frontier.results import FrontierRow, Store, fingerprint_of
+from fastcache.workshop.studies.frontier.run import run_frontier
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -43,7 +43,7 @@ def judge() -> Judge:
     """One for the whole file: the real pictures take a second to draw."""
     found = Judge(SMALL.pictures)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastcache.studies.frontier.run.Judge", lambda pictures: found)
+        patch.setattr("fastcache.workshop.studies.frontier.run.Judge", lambda pictures: found)
         yield found
 
 
@@ -51,7 +51,7 @@ def judge() -> Judge:
 def plot(request, monkeypatch) -> None:
     """No plots but where one is looked at: they take longer than the rest."""
     if "plot" not in request.node.name:
-        monkeypatch.setattr("fastcache.studies.frontier.drawing.draw_frontier", lambda report, path: path.touch())
+        monkeypatch.setattr("fastcache.workshop.studies.frontier.drawing.draw_frontier", lambda report, path: path.touch())
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import fastcache
-from fastcache import gate_bank
-from fastcache.gate_bank import GateBank
+from fastcache.engine.modulation import gate_bank
+from fastcache.engine.modulation.gate_bank import GateBank
 from fastcache.hosts import recognise
 from hosts import STEPS, assert_close, inputs, reference, run, small_dit
 

@@ -9,11 +9,11 @@ pytest.importorskip("PIL")
 pytest.importorskip("safetensors")
 
 from fastcache.glyphs import DIFFUSION, dataset, load_classifier, load_glyph_dit, weights_path
-from fastcache.glyphs.classifier import augment, held_out_accuracy, read
-from fastcache.glyphs.train import CONFIG, Run, learning_rate, loss_of, train_step, write_average
+from fastcache.workshop.glyphs.classifier import augment, held_out_accuracy, read
+from fastcache.workshop.glyphs.train import CONFIG, Run, learning_rate, loss_of, train_step, write_average
 from fastcache.models import DiT
 from fastcache.models.checkpoint import read_checkpoint
-from fastcache.sampling import Diffusion, make_scheduler
+from fastcache.workshop.sampling import Diffusion, make_scheduler
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -85,13 +85,13 @@ def test_weights_are_looked_for_in_the_folder_that_the_environment_names(monkeyp
     monkeypatch.setenv("FASTCACHE_WEIGHTS", str(REPOSITORY / "weights"))
     assert weights_path("glyph-dit.safetensors") == REPOSITORY / "weights" / "glyph-dit.safetensors"
     monkeypatch.setenv("FASTCACHE_WEIGHTS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="clone it and set FASTCACHE_WEIGHTS .* python -m fastcache.glyphs.train"):
+    with pytest.raises(FileNotFoundError, match="clone it and set FASTCACHE_WEIGHTS .* python -m fastcache.workshop.glyphs.train"):
         load_glyph_dit()
 
 
 def small_run(monkeypatch) -> Run:
     config = dict(input_size=32, patch_size=8, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=36, learn_sigma=False)
-    monkeypatch.setattr("fastcache.glyphs.train.CONFIG", DiT(**config).config)
+    monkeypatch.setattr("fastcache.workshop.glyphs.train.CONFIG", DiT(**config).config)
     return Run.start("cpu")
 
 

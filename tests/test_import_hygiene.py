@@ -36,7 +36,7 @@ assert not unwanted, unwanted
 def test_it_does_not_import_the_parts_that_need_extras() -> None:
     succeeds(USE + """
 import sys
-unwanted = {"fastcache.studies", "fastcache.drawing", "fastcache.glyphs", "fastcache.models", "fastcache.cli"} & set(sys.modules)
+unwanted = {"fastcache.workshop.studies", "fastcache.plan.drawing", "fastcache.glyphs", "fastcache.models", "fastcache.cli"} & set(sys.modules)
 assert not unwanted, unwanted
 """)
 

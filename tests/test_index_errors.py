@@ -6,7 +6,7 @@ import torch
 
 from fastcache import FORA, SessionError, accelerate
 from fastcache.backends import index_errors, index_flags, take_index_errors
-from fastcache.index_check import devices_of
+from fastcache.engine.index_check import devices_of
 from hosts import run, small_dit
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_a_session_whose_kernels_met_a_bad_index_raises_when_it_closes(triton_fl
 
 def test_the_flag_is_read_when_the_session_closes_and_never_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("fastcache.index_check.take_index_errors", lambda device: asked.append(device) or "")
+    monkeypatch.setattr("fastcache.engine.index_check.take_index_errors", lambda device: asked.append(device) or "")
     model = small_dit()
     with accelerate(model, FORA(interval=2), num_steps=8) as session:
         run(model)

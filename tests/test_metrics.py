@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcache.metrics import accuracy, frechet_distance, psnr
+from fastcache.workshop.metrics import accuracy, frechet_distance, psnr
 
 
 def gaussian(count: int, mean: np.ndarray, root: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -4,7 +4,7 @@ import torch
 
 import fastcache
 from fastcache.models import DiT
-from fastcache.sampling import SCHEDULERS, Diffusion, PictureNoise, make_scheduler, sample
+from fastcache.workshop.sampling import SCHEDULERS, Diffusion, PictureNoise, make_scheduler, sample
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under numpy 2

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastcache import backends
 from fastcache.backends import eager, selfcheck
 from fastcache.backends.library import OPERATORS
-from fastcache.report import OperatorCount
+from fastcache.engine.record import OperatorCount
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 import fastcache
 from fastcache import ScheduleError, SmoothCache
-from fastcache.published import FINGERPRINT, Fingerprint, PublishedSchedule, fora_file, fora_pattern, publish
+from fastcache.plan.published import FINGERPRINT, Fingerprint, PublishedSchedule, fora_file, fora_pattern, publish
 from fastcache.schedule import COMPUTE, REUSE, Branch, Layout, Schedule, forecast, full_step, refresh, uniform_step
 from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
 from hosts import STEPS, assert_close, reference, run, small_dit

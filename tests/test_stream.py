@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import fastcache
-import fastcache.stream
+import fastcache.stream.residual_stream
 from cases import BACKENDS, assert_same_bits, each_backend, random_values
 from fastcache import ResidualStream, use_backend
 from fastcache.ops import Norm, residual_update, slot_map
-from fastcache.report import OperatorCount
+from fastcache.engine.record import OperatorCount
 
 B, N, D = 2, 6, 24
 COMPILED = [backend for backend in BACKENDS if backend != "eager"]
@@ -58,13 +58,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every operator call that the stream makes, by name."""
     made: list[str] = []
     for name in ("residual_update", "residual_update_scatter_"):
-        operator = getattr(fastcache.stream, name)
+        operator = getattr(fastcache.stream.residual_stream, name)
 
         def counted(*args, _name=name, _operator=operator, **kwargs):
             made.append(_name)
             return _operator(*args, **kwargs)
 
-        monkeypatch.setattr(fastcache.stream, name, counted)
+        monkeypatch.setattr(fastcache.stream.residual_stream, name, counted)
     return made
 
 

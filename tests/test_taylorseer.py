@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 import fastcache
 from fastcache import TaylorSeer
-from fastcache.forecast import forecast_weights
+from fastcache.plan.forecast import forecast_weights
 from fastcache.schedule import REUSE, Branch, Layout, Schedule, forecast
 from hosts import assert_close, inputs, small_dit
 from support import available_backends

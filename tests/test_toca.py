@@ -240,7 +240,7 @@ def test_one_step_is_full() -> None:
 def test_a_drawing_shades_refreshes_by_their_share_of_tokens(tmp_path) -> None:
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
-    from fastcache.drawing import _shade
+    from fastcache.plan.drawing import _shade
 
     schedule = DDIM.schedule(50, layout())
     schedule.draw(tmp_path / "steps.png")

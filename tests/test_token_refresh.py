@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastcache
 from fastcache.hosts import recognise
 from fastcache.models import DiT
-from fastcache.report import OperatorCount
+from fastcache.engine.record import OperatorCount
 from fastcache.schedule import COMPUTE, REUSE, Schedule, Score, Selection, StepPlan, forecast, full_step, refresh, uniform_step
 from hosts import CLASSES, STEPS, assert_close, inputs, run, small_dit
 from naive_refresh import run_naively

@@ -8,8 +8,8 @@ pytest.importorskip("diffusers")
 
 from fastcache.glyphs import load_glyph_dit
 from fastcache.policies import FORA, DuCa, ToCa
-from fastcache.studies.comparison import Sampler
-from fastcache.studies.tokens import TokenRecord, draw_tokens, overlaid, record_tokens, tokens_computed
+from fastcache.workshop.studies.comparison import Sampler
+from fastcache.workshop.studies.tokens import TokenRecord, draw_tokens, overlaid, record_tokens, tokens_computed
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SAMPLER = Sampler(steps=8, batch_size=4)
@@ -34,7 +34,7 @@ def test_shares_add_up_to_the_planned_tokens_of_every_step(record):
 
 
 def test_recording_gives_the_pictures_of_the_policy(record):
-    from fastcache.glyphs.dataset import to_pixels
+    from fastcache.workshop.glyphs.dataset import to_pixels
 
     usual = to_pixels(SAMPLER.run(load_glyph_dit(), [0, 17], ToCa(fresh_threshold=3)).pictures)
     assert np.abs(usual.astype(int) - record.pictures).max() <= 1

@@ -6,10 +6,10 @@ import torch
 from rich.console import Console
 from typer import BadParameter, Option
 
-from fastcache.calibration_run import calibrate as calibrate_model
+from fastcache.calibration.errors import calibrate as calibrate_model
 from fastcache.cli.sample import DTYPES, model_from, numbers_in
-from fastcache.sampling import SCHEDULERS, make_scheduler
-from fastcache.sampling import sample as sample_pictures
+from fastcache.workshop.sampling import SCHEDULERS, make_scheduler
+from fastcache.workshop.sampling import sample as sample_pictures
 
 
 def calibrate(

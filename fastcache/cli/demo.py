@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
-from fastcache.studies.demo import DemoReport, run_demo
+from fastcache.workshop.studies.demo import DemoReport, run_demo
 
 NOISE = 0.1  # share by which the speedup of medians may differ from that of the fastest batches
 

@@ -12,7 +12,7 @@ import fastcache
 from fastcache import backends
 from fastcache.backends import tuning
 from fastcache.backends.library import OPERATORS, cpu_capability
-from fastcache.verify import Verdict, verify
+from fastcache.ops.verify import Verdict, verify
 
 
 def doctor(verify: Annotated[bool, Option(help="Check every operator and backend on this machine against float64.")] = False) -> None:

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from typer import BadParameter, Option
 
-from fastcache.studies.frontier.plan import TINY, FrontierOptions, FrontierPlan, plan_frontier
-from fastcache.studies.frontier.report import COLUMNS, FrontierReport, cells_of, order_lines
-from fastcache.studies.frontier.run import run_frontier
+from fastcache.workshop.studies.frontier.plan import TINY, FrontierOptions, FrontierPlan, plan_frontier
+from fastcache.workshop.studies.frontier.report import COLUMNS, FrontierReport, cells_of, order_lines
+from fastcache.workshop.studies.frontier.run import run_frontier
 
 
 def frontier(

@@ -8,12 +8,12 @@ from rich.table import Table
 from typer import BadParameter, Option
 
 from fastcache.cli.policy_options import PolicyFields, PolicyName, policy_from
-from fastcache.drawing import draw_schedules
-from fastcache.glyphs.train import CONFIG as GLYPHS
+from fastcache.plan.drawing import draw_schedules
+from fastcache.workshop.glyphs.train import CONFIG as GLYPHS
 from fastcache.hosts import recognise
 from fastcache.models import PRESETS, DiT
 from fastcache.policies import Policy
-from fastcache.schedule import Kind, Layout, Schedule, StepPlan
+from fastcache.plan.schedule import Kind, Layout, Schedule, StepPlan
 
 GUIDED = 2
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
-from fastcache.studies.quality import QualityReport, run_quality
+from fastcache.workshop.studies.quality import QualityReport, run_quality
 
 
 def quality(

@@ -11,12 +11,12 @@ from torch import Tensor
 from typer import BadParameter, Option
 
 from fastcache.cli.policy_options import PolicyFields, PolicyName, policy_from
-from fastcache.glyphs import DIFFUSION, load_glyph_dit
-from fastcache.glyphs.dataset import to_pixels
+from fastcache.workshop.glyphs import DIFFUSION, load_glyph_dit
+from fastcache.workshop.glyphs.dataset import to_pixels
 from fastcache.models import DiT
 from fastcache.models.checkpoint import read_checkpoint
-from fastcache.sampling import SCHEDULERS, Diffusion
-from fastcache.sampling import sample as sample_pictures
+from fastcache.workshop.sampling import SCHEDULERS, Diffusion
+from fastcache.workshop.sampling import sample as sample_pictures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcache.errors import HostError, SessionError
-from fastcache.installation import Installation, installed_in, restore_all
-from fastcache.session import refuse_tracing
+from fastcache.engine.installation import Installation, installed_in, restore_all
+from fastcache.engine.session import refuse_tracing
 
 Call = Callable[["Component", Callable, tuple, dict[str, Any]], Any]
 

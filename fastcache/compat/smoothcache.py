@@ -22,8 +22,8 @@ from fastcache.compat.smoothcache_calibration import CalibrationHelper, Diffuser
 from fastcache.errors import HostError, SessionError
 from fastcache.hosts import recognise
 from fastcache.policies import SmoothCache
-from fastcache.published import PublishedSchedule
-from fastcache.session import Session, accelerate
+from fastcache.plan.published import PublishedSchedule
+from fastcache.engine.session import Session, accelerate
 
 __all__ = ["CalibrationHelper", "DiTCacheHelper", "DiffuserCacheHelper", "DiffuserCalibrationHelper", "SmoothCacheHelper"]
 

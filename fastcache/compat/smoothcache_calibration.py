@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import fastcache
-from fastcache.calibration import greedy_schedule
+from fastcache.calibration.scan import greedy_schedule
 from fastcache.compat.components import Component, Wrapping, find_components
 from fastcache.errors import SessionError
 from fastcache.extras import needs_extra
-from fastcache.published import Fingerprint, PublishedSchedule
+from fastcache.plan.published import Fingerprint, PublishedSchedule
 
 
 class CalibrationHelper:

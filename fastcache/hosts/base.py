@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastcache.errors import HostError
 from fastcache.ops import Norm
-from fastcache.schedule import Layout
+from fastcache.plan.schedule import Layout
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcache.errors import HostError, SessionError
 from fastcache.hosts.base import GateProjection, Host, HostBranch, is_plain, linear_flops
 from fastcache.ops import Norm
-from fastcache.schedule import Branch, Layout
+from fastcache.plan.schedule import Branch, Layout
 
 BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 GATES = (2, 5)

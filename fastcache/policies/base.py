@@ -3,7 +3,7 @@ import abc
 from dataclasses import asdict
 from typing import Any
 
-from fastcache.schedule import Layout, Schedule, StepPlan
+from fastcache.plan.schedule import Layout, Schedule, StepPlan
 
 
 class Policy(abc.ABC):

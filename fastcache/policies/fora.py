@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 from fastcache.policies.base import Policy, positive_steps
 from fastcache.policies.reference import block_overhead_flops, full_block_flops
-from fastcache.schedule import REUSE, Layout, Schedule, full_step, uniform_step
+from fastcache.plan.schedule import REUSE, Layout, Schedule, full_step, uniform_step
 
 
 @dataclass(frozen=True)

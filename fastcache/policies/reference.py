@@ -3,7 +3,7 @@
 It counts the blocks alone, one FLOP a multiply-add in the adaLN projection and two elsewhere, and
 serves only to compare with published figures; `StepPlan.flops` is the model's own count.
 """
-from fastcache.schedule import Kind, Layout, Schedule, StepPlan
+from fastcache.plan.schedule import Kind, Layout, Schedule, StepPlan
 
 
 def attention_flops(layout: Layout, batch: int) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastcache.errors import ScheduleError
 from fastcache.policies.base import Policy, positive_steps
-from fastcache.published import PublishedSchedule, plan_from_rows
-from fastcache.schedule import Layout, Schedule
+from fastcache.plan.published import PublishedSchedule, plan_from_rows
+from fastcache.plan.schedule import Layout, Schedule
 
 
 @dataclass(frozen=True, init=False)

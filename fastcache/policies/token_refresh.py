@@ -9,7 +9,7 @@ from fastcache.policies.fresh_ratio import Position
 from fastcache.policies.reference import plan_flops
 from fastcache.policies.token_rules import TokenRules
 from fastcache.policies.token_steps import PARTIAL, TokenStep
-from fastcache.schedule import COMPUTE, REUSE, Action, Branch, Layout, Schedule, Score, Selection, StepPlan, refresh
+from fastcache.plan.schedule import COMPUTE, REUSE, Action, Branch, Layout, Schedule, Score, Selection, StepPlan, refresh
 
 FLUX_SCORES = ("k-norm", "v-norm")
 WITH_FORMULA = "DiT"

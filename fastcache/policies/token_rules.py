@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastcache.policies.fresh_ratio import FreshRatio
 from fastcache.policies.token_steps import Cycle
-from fastcache.schedule import Layout
+from fastcache.plan.schedule import Layout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Runs a plan over a host: sessions, calls, features, modulations, tokens, records."""

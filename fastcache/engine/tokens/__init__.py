@@ -1,0 +1,1 @@
+"""Which tokens a partial step recomputes: scores, ages, choices."""

@@ -1,0 +1,45 @@
+"""The SmoothCache schedules of a frontier: one calibration, a threshold for each target."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from fastcache.calibration.scan import Calibration, ErrorCurves
+from fastcache.calibration.errors import calibrate
+from fastcache.hosts import recognise
+from fastcache.models import DiT
+from fastcache.workshop.studies.comparison import Sampler
+from fastcache.workshop.studies.frontier.grid import Calibrated
+from fastcache.workshop.studies.frontier.results import write_whole
+
+LOOKAHEAD = 3
+CLASSES_PER_RUN = 9
+RUNS = 4  # together one picture of each class
+
+
+def error_curves(model: DiT, sampler: Sampler, path: Path, fingerprint: str, first_picture: int) -> ErrorCurves:
+    """Measured on pictures from `first_picture` on, which are not those that are judged; kept in `path`.
+
+    A file of the same fingerprint is read instead.
+    """
+    layout = recognise(model).layout()
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["fingerprint"] == fingerprint:
+            return ErrorCurves(layout, tuple(tuple(tuple(row) for row in rows) for rows in found["errors"]), found["samples"])
+
+    one_batch = replace(sampler, batch_size=CLASSES_PER_RUN)
+
+    def run(generation: int) -> None:
+        first = first_picture + generation * CLASSES_PER_RUN
+        one_batch.run(model, range(first, first + CLASSES_PER_RUN), None)
+
+    curves = calibrate(model, run, threshold=0.0, lookahead=LOOKAHEAD, samples=RUNS, num_steps=sampler.steps, scheduler=sampler.scheduler, calls_per_step=1).curves
+    text = json.dumps({"fingerprint": fingerprint, "samples": curves.samples, "errors": curves.errors})
+    write_whole(path, lambda partial: partial.write_text(text))
+    return curves
+
+
+def calibrated(curves: ErrorCurves, target: Calibrated, sampler: Sampler) -> Calibration:
+    """The schedule with the target's speedup. Raises ScheduleError if it is out of reach."""
+    threshold = curves.threshold_for(target.target_speedup, target.per_layer)
+    return Calibration(curves, threshold, target.per_layer, sampler.scheduler)
