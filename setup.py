@@ -10,6 +10,7 @@ libraries are compiled against is not the one they run with; so torch must be th
 Environment: FASTCACHE_CUDA=1|0|auto, FASTCACHE_CUDA_ARCHS (CMake's list, such as "90-real"),
 CMAKE_BUILD_PARALLEL_LEVEL (compile jobs), CMAKE_ARGS (further arguments for CMake).
 """
+
 import hashlib
 import importlib.util
 import os
@@ -40,9 +41,25 @@ class CMakeBuild(build_ext):
         if cmake is None:
             sys.exit("fastcache: cmake was not found. Fix: pip install cmake ninja")
         build = build_folder()
-        configure = [cmake, "-S", str(ROOT), "-B", str(build), *generator(), *definitions(package, self.distribution.get_version())]
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            *generator(),
+            *definitions(package, self.distribution.get_version()),
+        ]
         run(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")))
-        run([cmake, "--build", str(build), "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))])
+        run(
+            [
+                cmake,
+                "--build",
+                str(build),
+                "--parallel",
+                os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1)),
+            ]
+        )
 
     def get_outputs(self) -> list[str]:
         return []
@@ -53,7 +70,12 @@ class CMakeBuild(build_ext):
 
 def definitions(package: Path, version: str) -> list[str]:
     """What CMakeLists.txt must know: this Python, where to put the libraries, what to build."""
-    values = {"CMAKE_BUILD_TYPE": "Release", "Python_EXECUTABLE": sys.executable, "FASTCACHE_OUTPUT": str(package), "FASTCACHE_VERSION": version}
+    values = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "Python_EXECUTABLE": sys.executable,
+        "FASTCACHE_OUTPUT": str(package),
+        "FASTCACHE_VERSION": version,
+    }
     values["FASTCACHE_CUDA"] = os.environ.get("FASTCACHE_CUDA", "auto")
     if os.environ.get("FASTCACHE_CUDA_ARCHS"):
         values["FASTCACHE_CUDA_ARCHS"] = os.environ["FASTCACHE_CUDA_ARCHS"]
@@ -63,7 +85,10 @@ def definitions(package: Path, version: str) -> list[str]:
 def generator() -> list[str]:
     ninja = tool("ninja")
     if ninja is None:
-        print("fastcache: ninja was not found, building with CMake's default generator; pip install ninja is faster")
+        print(
+            "fastcache: ninja was not found, building with CMake's default generator; pip install ninja is"
+            " faster"
+        )
         return []
     return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
 
@@ -88,16 +113,19 @@ def run(command: list[str]) -> None:
 def require_setuptools() -> None:
     """pyproject.toml names its licence in the way that older versions refuse with a riddle."""
     if int(setuptools.__version__.split(".")[0]) < 77:
-        sys.exit(f"fastcache: setuptools {setuptools.__version__} is too old. Fix: pip install --upgrade 'setuptools>=77' wheel")
+        sys.exit(
+            f"fastcache: setuptools {setuptools.__version__} is too old. Fix: pip install --upgrade"
+            " 'setuptools>=77' wheel"
+        )
 
 
 def require_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         sys.exit(
-            f"fastcache: torch is not installed in the build environment ({sys.prefix}); its headers are needed.\n"
-            "Fix: install torch>=2.10 for your device first (https://pytorch.org/get-started), then\n"
-            "    pip install cmake ninja pybind11 'setuptools>=77' wheel\n"
-            "    pip install --no-build-isolation ."
+            f"fastcache: torch is not installed in the build environment ({sys.prefix}); its headers are"
+            " needed.\nFix: install torch>=2.10 for your device first (https://pytorch.org/get-started),"
+            " then\n    pip install cmake ninja pybind11 'setuptools>=77' wheel\n    pip install"
+            " --no-build-isolation ."
         )
 
 

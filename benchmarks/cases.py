@@ -2,6 +2,7 @@
 
 Nothing here knows a device or a clock.
 """
+
 import enum
 import math
 from collections.abc import Sequence
@@ -72,7 +73,9 @@ SINGLE_UPDATES = (Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
 
 @dataclass(frozen=True)
 class Size:
-    """x is [batch, tokens, channels]; `terms` cached branches in a trunk; forms and dtypes that are measured at this size."""
+    """x is [batch, tokens, channels]; `terms` cached branches in a trunk; forms and dtypes that are measured
+    at this size.
+    """
 
     name: str
     batch: int
@@ -112,7 +115,9 @@ TINY = Size("Tiny B2", 2, 24, 64, 5, BOTH)  # for tests and --quick: correct, an
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a form moves at least: whole tensors [B, N, D], rows [B, K, D], vectors [B, D], and 4-byte words."""
+    """What a form moves at least: whole tensors [B, N, D], rows [B, K, D], vectors [B, D], and 4-byte
+    words.
+    """
 
     tensors: int
     rows: int = 0
@@ -167,7 +172,11 @@ class Case:
             ...-rms          as with LayerNorm
         """
         found, size = traffic(self), self.size
-        elements = found.tensors * size.elements + found.rows * size.batch * size.rows * size.channels + found.vectors * size.batch * size.channels
+        elements = (
+            found.tensors * size.elements
+            + found.rows * size.batch * size.rows * size.channels
+            + found.vectors * size.batch * size.channels
+        )
         return elements * self.dtype.itemsize + 4 * found.words
 
 
@@ -192,7 +201,13 @@ def traffic(case: Case) -> Traffic:
 def cases(sizes: Sequence[Size] = SIZES) -> list[Case]:
     """Every case: bf16 at all sizes first, small before large, then fp32."""
     dtypes = [dtype for dtype in BOTH if any(dtype in size.dtypes for size in sizes)]
-    return [Case(form, size, dtype) for dtype in dtypes for size in sizes if dtype in size.dtypes for form in size.forms]
+    return [
+        Case(form, size, dtype)
+        for dtype in dtypes
+        for size in sizes
+        if dtype in size.dtypes
+        for form in size.forms
+    ]
 
 
 FLAGSHIP = Case(Form.TRUNK, SIZES[0], torch.bfloat16)

@@ -1,7 +1,9 @@
-"""What the originals of the caching methods share: they replace the forward of every block, and keep what they store in dictionaries.
+"""What the originals of the caching methods share: they replace the forward of every block, and keep what
+they store in dictionaries.
 
 None of their code was read: each is written from the equations and operator sequences of the specification.
 """
+
 import abc
 from types import MethodType, TracebackType
 
@@ -12,7 +14,9 @@ from fastcache.models.dit import Block
 
 
 class Original(abc.ABC):
-    """Context manager that runs the blocks of a DiT as a caching method's original does. Set `step` before each model call."""
+    """Context manager that runs the blocks of a DiT as a caching method's original does. Set `step` before
+    each model call.
+    """
 
     def __init__(self, model: DiT) -> None:
         self.step = 0
@@ -23,7 +27,9 @@ class Original(abc.ABC):
             block.forward = MethodType(self._forward(number), block)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for block in self._blocks:
             del block.forward
         self.clear()

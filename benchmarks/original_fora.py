@@ -1,8 +1,10 @@
-"""FORA as its original implements it: a dictionary of features, and every block's full modulation at every step.
+"""FORA as its original implements it: a dictionary of features, and every block's full modulation at every
+step.
 
 Written from the equations (spec section 1; Selvaraju et al., "FORA: Fast-Forward Caching in
 Diffusion Transformer Acceleration"), in the op sequence of the host's own block.
 """
+
 from collections.abc import Collection
 
 from torch import Tensor
@@ -13,7 +15,9 @@ from fastcache.models.dit import Block, modulate
 
 
 class OriginalFORA(Original):
-    """The blocks of a DiT compute and store on full steps, and reuse on others. full_steps: execution indices."""
+    """The blocks of a DiT compute and store on full steps, and reuse on others. full_steps: execution
+    indices.
+    """
 
     def __init__(self, model: DiT, full_steps: Collection[int]) -> None:
         super().__init__(model)

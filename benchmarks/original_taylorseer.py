@@ -1,8 +1,10 @@
-"""TaylorSeer as its original implements it: differences that every full step updates, and a forecast one term at a time.
+"""TaylorSeer as its original implements it: differences that every full step updates, and a forecast one term
+at a time.
 
 Written from spec section 6 (Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models
 with TaylorSeers"). A forecast of order 4 takes 17 operators a module, and the block's modulation is computed in full.
 """
+
 import math
 from collections.abc import Collection
 
@@ -40,7 +42,9 @@ class OriginalTaylorSeer(Original):
         self._updated.clear()
 
     def _update(self, module: tuple[int, str], feature: Tensor) -> None:
-        """D_0 = F and D_{m+1} = (D_m - D_m of the full step before) / gap, as far as there is an older one."""
+        """D_0 = F and D_{m+1} = (D_m - D_m of the full step before) / gap, as far as there is an older
+        one.
+        """
         older = self._differences.get(module, []) if self.step else []
         found = [feature]
         for difference in older[: self._max_order]:

@@ -2,6 +2,7 @@
 
 Nothing here knows a device or a clock.
 """
+
 import enum
 from dataclasses import dataclass
 
@@ -23,7 +24,10 @@ class Work(str, enum.Enum):
     def meaning(self) -> str:
         """What is computed, in one line."""
         return {
-            Work.STREAM: "slot takes K fresh rows, x' = x + g * slot + g' * attention, h = LayerNorm(x') * (1 + scale) + shift of K other rows",
+            Work.STREAM: (
+                "slot takes K fresh rows, x' = x + g * slot + g' * attention, h = LayerNorm(x') * (1 + scale)"
+                " + shift of K other rows"
+            ),
             Work.BLOCK: "the same, and the MLP on the K rows of h",
         }[self]
 
@@ -43,7 +47,12 @@ class TokenSize:
         return self.name.lower().replace(" ", "-")
 
 
-SIZES = (TokenSize("N256 B2", 2, 256), TokenSize("N1024 B2", 2, 1024), TokenSize("N4096 B2", 2, 4096), TokenSize("N24336 B1", 1, 24336))
+SIZES = (
+    TokenSize("N256 B2", 2, 256),
+    TokenSize("N1024 B2", 2, 1024),
+    TokenSize("N4096 B2", 2, 4096),
+    TokenSize("N24336 B1", 1, 24336),
+)
 SHARES = (0.01, 0.07, 0.25, 0.6)
 TINY = TokenSize("Tiny B2", 2, 16, 32)
 
@@ -70,12 +79,18 @@ class BlockCase:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the MLP's weights and biases."""
-        return ((2 * MLP_RATIO * self.size.channels + MLP_RATIO + 1) * self.size.channels) * self.dtype.itemsize
+        return (
+            (2 * MLP_RATIO * self.size.channels + MLP_RATIO + 1) * self.size.channels
+        ) * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
         """Of the MLP, 2 per multiply-add; 0 for the stream alone."""
-        return 4 * MLP_RATIO * self.size.batch * self.rows * self.size.channels**2 if self.work is Work.BLOCK else 0
+        return (
+            4 * MLP_RATIO * self.size.batch * self.rows * self.size.channels**2
+            if self.work is Work.BLOCK
+            else 0
+        )
 
     @property
     def tensor_bytes(self) -> int:
@@ -92,7 +107,12 @@ class BlockCase:
         """
         size, width = self.size, self.dtype.itemsize
         rows = 2 * size.batch * self.rows * size.channels * width
-        total = 4 * self.tensor_bytes + rows + 4 * size.batch * size.channels * width + 8 * size.batch * size.tokens
+        total = (
+            4 * self.tensor_bytes
+            + rows
+            + 4 * size.batch * size.channels * width
+            + 8 * size.batch * size.tokens
+        )
         return total + (self.weight_bytes if self.work is Work.BLOCK else 0)
 
 
@@ -113,19 +133,30 @@ class ChoiceCase:
     def counts(self) -> list[int]:
         """K of every layer."""
         last = max(1, self.layers - 1)
-        return [min(self.size.tokens, max(1, int(self.share * (0.8 + 0.4 * layer / last) * self.size.tokens))) for layer in range(self.layers)]
+        return [
+            min(self.size.tokens, max(1, int(self.share * (0.8 + 0.4 * layer / last) * self.size.tokens)))
+            for layer in range(self.layers)
+        ]
 
     @property
     def min_bytes(self) -> int:
-        """A score and an age read, an age and a slot written, 4 bytes each, for every token of every layer."""
+        """A score and an age read, an age and a slot written, 4 bytes each, for every token of every
+        layer.
+        """
         return 16 * self.layers * self.size.batch * self.size.tokens
 
 
-def block_cases(sizes: tuple[TokenSize, ...] = SIZES, shares: tuple[float, ...] = SHARES, dtype: torch.dtype = torch.float32) -> list[BlockCase]:
+def block_cases(
+    sizes: tuple[TokenSize, ...] = SIZES,
+    shares: tuple[float, ...] = SHARES,
+    dtype: torch.dtype = torch.float32,
+) -> list[BlockCase]:
     """Small before large; at each size the stream alone first."""
     return [BlockCase(work, size, share, dtype) for size in sizes for work in Work for share in shares]
 
 
 def choice_cases(sizes: tuple[TokenSize, ...] = SIZES, share: float = 0.175) -> list[ChoiceCase]:
-    """One a size. share: what fresh_ratio=0.07 comes to in the middle of `ToCa-ddim50`, 0.07 * 2.5 * (3 - 4 / 2)."""
+    """One a size. share: what fresh_ratio=0.07 comes to in the middle of `ToCa-ddim50`, 0.07 * 2.5 * (3 - 4 /
+    2).
+    """
     return [ChoiceCase(size, share) for size in sizes]

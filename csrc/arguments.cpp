@@ -14,9 +14,9 @@ struct TypeCode {
 
 Type type_of(int32_t dtype, int64_t& size) {
   static const TypeCode codes[] = {
-      {aoti_torch_dtype_float32(), Type::kFloat32, 4},       {aoti_torch_dtype_bfloat16(), Type::kBFloat16, 2},
-      {aoti_torch_dtype_float16(), Type::kFloat16, 2},       {aoti_torch_dtype_float8_e4m3fn(), Type::kFloat8, 1},
-      {aoti_torch_dtype_int32(), Type::kInt32, 4},           {aoti_torch_dtype_float64(), Type::kFloat64, 8},
+      {aoti_torch_dtype_float32(), Type::kFloat32, 4}, {aoti_torch_dtype_bfloat16(), Type::kBFloat16, 2},
+      {aoti_torch_dtype_float16(), Type::kFloat16, 2}, {aoti_torch_dtype_float8_e4m3fn(), Type::kFloat8, 1},
+      {aoti_torch_dtype_int32(), Type::kInt32, 4},     {aoti_torch_dtype_float64(), Type::kFloat64, 8},
   };
   for (const TypeCode& code : codes) {
     if (code.dtype == dtype) {
@@ -84,8 +84,10 @@ struct List {
 
 }  // namespace
 
-Arguments::Arguments(StableIValue* stack, uint64_t inputs, uint64_t outputs, bool scatter_form) : scatter(scatter_form) {
-  if (inputs != (scatter ? 21 : 16) || outputs != 3) fail("fastcache: the library was built for another schema; rebuild it");
+Arguments::Arguments(StableIValue* stack, uint64_t inputs, uint64_t outputs, bool scatter_form)
+    : scatter(scatter_form) {
+  if (inputs != (scatter ? 21 : 16) || outputs != 3)
+    fail("fastcache: the library was built for another schema; rebuild it");
   // First take all handles off the stack, so that an error below frees them.
   StableIValue* next = stack;
   x.handle = unboxed(*next++);
@@ -145,7 +147,9 @@ Arguments::Arguments(StableIValue* stack, uint64_t inputs, uint64_t outputs, boo
 Arguments::~Arguments() { release_all(); }
 
 void Arguments::release_all() {
-  for (Tensor* tensor : {&x, &slot, &fresh, &fresh_slots, &slot_scale, &gates, &gate_index, &weights, &scales, &shift, &scale, &norm_weight, &norm_bias, &row_slots, &reference}) release(*tensor);
+  for (Tensor* tensor : {&x, &slot, &fresh, &fresh_slots, &slot_scale, &gates, &gate_index, &weights, &scales,
+                         &shift, &scale, &norm_weight, &norm_bias, &row_slots, &reference})
+    release(*tensor);
   for (int64_t j = 0; j < feature_count; ++j) release(features[j]);
   feature_count = 0;
 }
@@ -204,7 +208,8 @@ Outputs::~Outputs() {
 void* Outputs::add(int index, int32_t dtype, int64_t rank, const int64_t* sizes) {
   int64_t strides[3] = {1, 1, 1};
   for (int64_t i = rank - 2; i >= 0; --i) strides[i] = strides[i + 1] * (sizes[i + 1] > 1 ? sizes[i + 1] : 1);
-  FASTCACHE_MUST(aoti_torch_empty_strided(rank, sizes, strides, dtype, x_.device_type, x_.device_index, &handles_[index]));
+  FASTCACHE_MUST(aoti_torch_empty_strided(rank, sizes, strides, dtype, x_.device_type, x_.device_index,
+                                          &handles_[index]));
   void* data = nullptr;
   FASTCACHE_MUST(torch_get_mutable_data_ptr(handles_[index], &data));
   return data;
@@ -229,19 +234,27 @@ void must(AOTITorchError code, const char* call) {
 
 std::string text(const Tensor& tensor) {
   std::string shape = "[";
-  for (int64_t i = 0; i < tensor.rank; ++i) shape.append(i ? ", " : "").append(std::to_string(tensor.sizes[i]));
+  for (int64_t i = 0; i < tensor.rank; ++i)
+    shape.append(i ? ", " : "").append(std::to_string(tensor.sizes[i]));
   return shape + "]";
 }
 
 const char* text(Type type) {
   switch (type) {
-    case Type::kFloat32: return "torch.float32";
-    case Type::kFloat16: return "torch.float16";
-    case Type::kBFloat16: return "torch.bfloat16";
-    case Type::kFloat8: return "torch.float8_e4m3fn";
-    case Type::kFloat64: return "torch.float64";
-    case Type::kInt32: return "torch.int32";
-    default: return "another dtype";
+    case Type::kFloat32:
+      return "torch.float32";
+    case Type::kFloat16:
+      return "torch.float16";
+    case Type::kBFloat16:
+      return "torch.bfloat16";
+    case Type::kFloat8:
+      return "torch.float8_e4m3fn";
+    case Type::kFloat64:
+      return "torch.float64";
+    case Type::kInt32:
+      return "torch.int32";
+    default:
+      return "another dtype";
   }
 }
 

@@ -49,7 +49,8 @@ struct Arguments {
 
   int64_t term_count() const { return feature_count + (scatter ? 1 : 0); }
 
-  Arguments(StableIValue* stack, uint64_t inputs, uint64_t outputs, bool scatter);  // takes ownership of the stack
+  Arguments(StableIValue* stack, uint64_t inputs, uint64_t outputs,
+            bool scatter);  // takes ownership of the stack
   ~Arguments();
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;

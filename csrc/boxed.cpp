@@ -22,8 +22,11 @@ void take_list(StableIValue value, std::vector<Tensor>& tensors) {
 
 }  // namespace
 
-Boxed::Boxed(const StableIValue* stack, uint64_t inputs, uint64_t outputs, const char* signature, uint64_t expected_outputs) : values_(stack) {
-  if (inputs != std::strlen(signature) || outputs != expected_outputs) fail("fastcache: the library was built for another schema; rebuild it");
+Boxed::Boxed(const StableIValue* stack, uint64_t inputs, uint64_t outputs, const char* signature,
+             uint64_t expected_outputs)
+    : values_(stack) {
+  if (inputs != std::strlen(signature) || outputs != expected_outputs)
+    fail("fastcache: the library was built for another schema; rebuild it");
   starts_.reserve(inputs + 1);
   tensors_.reserve(8);
   try {
@@ -31,8 +34,11 @@ Boxed::Boxed(const StableIValue* stack, uint64_t inputs, uint64_t outputs, const
       starts_.push_back(static_cast<int64_t>(tensors_.size()));
       const StableIValue value = stack[position];
       const char kind = signature[position];
-      if (kind == 't' || kind == 'w') tensors_.emplace_back().handle = torch::stable::detail::to<AtenTensorHandle>(value);
-      if (kind == 'o') tensors_.emplace_back().handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value).value_or(nullptr);
+      if (kind == 't' || kind == 'w')
+        tensors_.emplace_back().handle = torch::stable::detail::to<AtenTensorHandle>(value);
+      if (kind == 'o')
+        tensors_.emplace_back().handle =
+            torch::stable::detail::to<std::optional<AtenTensorHandle>>(value).value_or(nullptr);
       if (kind == 'l') take_list(value, tensors_);
     }
     starts_.push_back(static_cast<int64_t>(tensors_.size()));

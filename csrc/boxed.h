@@ -11,7 +11,8 @@ namespace fastcache {
 class Boxed {
  public:
   // One letter per argument: t Tensor, w Tensor(a!), o Tensor?, l Tensor[], i int, f float or float?, b bool.
-  Boxed(const StableIValue* stack, uint64_t inputs, uint64_t outputs, const char* signature, uint64_t expected_outputs);
+  Boxed(const StableIValue* stack, uint64_t inputs, uint64_t outputs, const char* signature,
+        uint64_t expected_outputs);
   ~Boxed();
   Boxed(const Boxed&) = delete;
   Boxed& operator=(const Boxed&) = delete;

@@ -20,7 +20,9 @@ std::string strides_text(const Tensor& tensor) {
   return out + "]";
 }
 
-bool is_float(Type type) { return type == Type::kFloat32 || type == Type::kFloat16 || type == Type::kBFloat16; }
+bool is_float(Type type) {
+  return type == Type::kFloat32 || type == Type::kFloat16 || type == Type::kBFloat16;
+}
 
 }  // namespace
 
@@ -35,14 +37,21 @@ void check_device(const char* name, int64_t j, const Tensor& t, const Tensor& x)
 
 void check_floating(const char* name, int64_t j, const Tensor& t, bool compressed) {
   if (is_float(t.type) || (compressed && t.type == Type::kFloat8)) return;
-  if (t.type == Type::kFloat64) fail(indexed(name, j) + ": torch.float64 is computed by the eager backend only; use fastcache.ops or FASTCACHE_BACKEND=eager");
-  fail(indexed(name, j) + ": expected float32, float16 or bfloat16" + (compressed ? " or float8_e4m3fn" : "") + ", got " + text(t.type));
+  if (t.type == Type::kFloat64)
+    fail(indexed(name, j) +
+         ": torch.float64 is computed by the eager backend only; use fastcache.ops or "
+         "FASTCACHE_BACKEND=eager");
+  fail(indexed(name, j) + ": expected float32, float16 or bfloat16" +
+       (compressed ? " or float8_e4m3fn" : "") + ", got " + text(t.type));
 }
 
 void check_unit_stride(const char* name, int64_t j, const Tensor& t) {
   const int64_t last = t.rank - 1;
   if (t.sizes[last] <= 1 || t.strides[last] == 1 || t.empty()) return;
-  fail(indexed(name, j) + ": the last dimension must have stride 1 (nothing is copied behind your back; call .contiguous()), got strides " + strides_text(t));
+  fail(indexed(name, j) +
+       ": the last dimension must have stride 1 (nothing is copied behind your back; call .contiguous()), "
+       "got strides " +
+       strides_text(t));
 }
 
 namespace {
@@ -62,13 +71,15 @@ class Checker {
 
   void terms() {
     const int64_t count = a_.term_count();
-    if (count > kMaxTerms) fail("features: at most " + number(kMaxTerms) + " terms in one call, got " + number(count));
+    if (count > kMaxTerms)
+      fail("features: at most " + number(kMaxTerms) + " terms in one call, got " + number(count));
     for (int64_t j = 0; j < a_.feature_count; ++j) {
       const Tensor& feature = a_.features[j];
       same_shape("features", j, feature);
       floating("features", j, feature, true);
       if (feature.dtype != a_.features[0].dtype) {
-        fail(indexed("features", j) + ": all features have one dtype, expected " + text(a_.features[0].type) + ", got " + text(feature.type));
+        fail(indexed("features", j) + ": all features have one dtype, expected " + text(a_.features[0].type) +
+             ", got " + text(feature.type));
       }
       device("features", j, feature);
       unit_stride("features", j, feature);
@@ -78,7 +89,8 @@ class Checker {
       shape("gate_index", a_.gate_index, count);
       dtype("gate_index", a_.gate_index, Type::kInt32);
       device("gate_index", -1, a_.gate_index);
-      if (a_.gates.rank < 2 || a_.gates.sizes[0] == 0) fail("gates: expected packed [G, *vector] beside gate_index, got " + text(a_.gates));
+      if (a_.gates.rank < 2 || a_.gates.sizes[0] == 0)
+        fail("gates: expected packed [G, *vector] beside gate_index, got " + text(a_.gates));
     }
     if (a_.gates) vector("gates", a_.gates, static_cast<bool>(a_.gate_index));
     if (a_.weights) {
@@ -94,7 +106,8 @@ class Checker {
   }
 
   void epilogues() {
-    if (a_.norm < 0 || a_.norm > 3) fail("norm: expected 0 (none), 1 (LayerNorm), 2 (RMSNorm) or 3 (identity), got " + number(a_.norm));
+    if (a_.norm < 0 || a_.norm > 3)
+      fail("norm: expected 0 (none), 1 (LayerNorm), 2 (RMSNorm) or 3 (identity), got " + number(a_.norm));
     modulation("shift", a_.shift);
     modulation("scale", a_.scale);
     affine("norm_weight", a_.norm_weight);
@@ -115,7 +128,8 @@ class Checker {
   void stored() {
     const Tensor& slot = a_.slot;
     const Tensor& fresh = a_.fresh;
-    if (a_.position < -1 || a_.position > a_.feature_count) fail("position: expected -1.." + number(a_.feature_count) + ", got " + number(a_.position));
+    if (a_.position < -1 || a_.position > a_.feature_count)
+      fail("position: expected -1.." + number(a_.feature_count) + ", got " + number(a_.position));
     same_shape("slot", -1, slot);
     device("slot", -1, slot);
     if (fresh.rank != 3 || fresh.sizes[0] != B_ || fresh.sizes[2] != D_) {
@@ -129,11 +143,15 @@ class Checker {
     if (a_.fresh_slots) {
       slots("fresh_slots", a_.fresh_slots);
     } else if (fresh.sizes[1] != N_) {
-      fail("fresh: expected [" + number(B_) + ", " + number(N_) + ", " + number(D_) + "] when fresh_slots is None, got " + text(fresh));
+      fail("fresh: expected [" + number(B_) + ", " + number(N_) + ", " + number(D_) +
+           "] when fresh_slots is None, got " + text(fresh));
     }
     const bool compressed = slot.type == Type::kFloat8;
-    if (compressed && !a_.slot_scale) fail("slot_scale: a float8 slot needs [B, N] float32 row scales, got None");
-    if (!compressed && a_.slot_scale) fail(std::string("slot_scale: only a float8_e4m3fn slot has row scales, got slot of ") + text(slot.type));
+    if (compressed && !a_.slot_scale)
+      fail("slot_scale: a float8 slot needs [B, N] float32 row scales, got None");
+    if (!compressed && a_.slot_scale)
+      fail(std::string("slot_scale: only a float8_e4m3fn slot has row scales, got slot of ") +
+           text(slot.type));
     if (a_.slot_scale) {
       shape("slot_scale", a_.slot_scale, B_, N_);
       dtype("slot_scale", a_.slot_scale, Type::kFloat32);
@@ -150,7 +168,8 @@ class Checker {
 
   void shape(const char* name, const Tensor& t, int64_t a, int64_t b = -1, int64_t c = -1) const {
     const int64_t rank = b < 0 ? 1 : c < 0 ? 2 : 3;
-    if (t.rank == rank && t.sizes[0] == a && (rank < 2 || t.sizes[1] == b) && (rank < 3 || t.sizes[2] == c)) return;
+    if (t.rank == rank && t.sizes[0] == a && (rank < 2 || t.sizes[1] == b) && (rank < 3 || t.sizes[2] == c))
+      return;
     std::string expected = name;
     expected.append(": expected [").append(number(a));
     if (rank > 1) expected.append(", ").append(number(b));
@@ -168,7 +187,9 @@ class Checker {
 
   void device(const char* name, int64_t j, const Tensor& t) const { check_device(name, j, t, x_); }
 
-  void floating(const char* name, int64_t j, const Tensor& t, bool compressed) const { check_floating(name, j, t, compressed); }
+  void floating(const char* name, int64_t j, const Tensor& t, bool compressed) const {
+    check_floating(name, j, t, compressed);
+  }
 
   void unit_stride(const char* name, int64_t j, const Tensor& t) const { check_unit_stride(name, j, t); }
 
@@ -179,7 +200,9 @@ class Checker {
     if (fits && rank > 1) fits = sizes[0] == 1 || sizes[0] == B_;
     if (fits && rank > 2) fits = sizes[1] == 1 || sizes[1] == N_ || (sizes[1] > 0 && N_ % sizes[1] == 0);
     if (!fits) {
-      fail(std::string(name) + ": expected " + (packed ? "[G, ...] of " : "") + "[D], [B, D], [B, 1, D], [B, F, D] (F divides N) or [B, N, D] for x " + text(x_) + ", got " + text(t));
+      fail(std::string(name) + ": expected " + (packed ? "[G, ...] of " : "") +
+           "[D], [B, D], [B, 1, D], [B, F, D] (F divides N) or [B, N, D] for x " + text(x_) + ", got " +
+           text(t));
     }
     floating(name, -1, t, false);
     device(name, -1, t);

@@ -10,7 +10,8 @@ namespace {
 int64_t run_of(const Tensor& t) { return t.rank > 2 ? t.sizes[2] * t.element : t.element; }
 
 bool same_layout(const Tensor& a, const Tensor& b) {
-  return a.rank == b.rank && a.rank >= 2 && a.element == b.element && a.strides[0] == b.strides[0] && a.strides[1] == b.strides[1] && a.strides[1] > 0;
+  return a.rank == b.rank && a.rank >= 2 && a.element == b.element && a.strides[0] == b.strides[0] &&
+         a.strides[1] == b.strides[1] && a.strides[1] > 0;
 }
 
 }  // namespace
@@ -46,21 +47,39 @@ bool overlaps_itself(const Tensor& t) {
 }
 
 void check_slot_memory(const Arguments& a) {
-  if (overlaps_itself(a.slot)) fail("slot: its rows share memory; it is written in place and must own its rows, call .contiguous()");
-  if (a.slot_scale && overlaps_itself(a.slot_scale)) fail("slot_scale: its elements share memory; it is written in place, call .contiguous()");
-  const struct { const char* name; const Tensor& tensor; } reads[] = {
-      {"x", a.x}, {"fresh", a.fresh}, {"fresh_slots", a.fresh_slots}, {"gates", a.gates}, {"weights", a.weights}, {"scales", a.scales},
-      {"shift", a.shift}, {"scale", a.scale}, {"norm_weight", a.norm_weight}, {"norm_bias", a.norm_bias},
-      {"row_slots", a.row_slots}, {"reference", a.reference}, {"slot_scale", a.slot_scale}};
+  if (overlaps_itself(a.slot))
+    fail("slot: its rows share memory; it is written in place and must own its rows, call .contiguous()");
+  if (a.slot_scale && overlaps_itself(a.slot_scale))
+    fail("slot_scale: its elements share memory; it is written in place, call .contiguous()");
+  const struct {
+    const char* name;
+    const Tensor& tensor;
+  } reads[] = {{"x", a.x},
+               {"fresh", a.fresh},
+               {"fresh_slots", a.fresh_slots},
+               {"gates", a.gates},
+               {"weights", a.weights},
+               {"scales", a.scales},
+               {"shift", a.shift},
+               {"scale", a.scale},
+               {"norm_weight", a.norm_weight},
+               {"norm_bias", a.norm_bias},
+               {"row_slots", a.row_slots},
+               {"reference", a.reference},
+               {"slot_scale", a.slot_scale}};
   for (const auto& read : reads) {
-    if (overlap(a.slot, read.tensor)) fail(std::string("slot: is written in place and shares memory with ") + read.name + "; give it memory of its own");
+    if (overlap(a.slot, read.tensor))
+      fail(std::string("slot: is written in place and shares memory with ") + read.name +
+           "; give it memory of its own");
     if (&read.tensor != &a.slot_scale && a.slot_scale && overlap(a.slot_scale, read.tensor)) {
-      fail(std::string("slot_scale: is written in place and shares memory with ") + read.name + "; give it memory of its own");
+      fail(std::string("slot_scale: is written in place and shares memory with ") + read.name +
+           "; give it memory of its own");
     }
   }
   for (int64_t j = 0; j < a.feature_count; ++j) {
     if (overlap(a.slot, a.features[j]) || overlap(a.slot_scale, a.features[j])) {
-      fail("slot: is written in place and shares memory with features[" + std::to_string(j) + "]; give it memory of its own");
+      fail("slot: is written in place and shares memory with features[" + std::to_string(j) +
+           "]; give it memory of its own");
     }
   }
 }

@@ -32,13 +32,22 @@ std::string shortest(double value) {
 }  // namespace
 
 SelectArguments::SelectArguments(const StableIValue* stack, uint64_t inputs, uint64_t outputs)
-    : boxed(stack, inputs, outputs, "twtifbiif", 2), score(boxed.tensor(0)), age(boxed.tensor(1)), counts(boxed.tensor(2)),
-      capacity(boxed.integer(3)), width(boxed.integer(6)), cell(boxed.integer(7)), age_weight(boxed.real(4)), bonus(boxed.real(8)), normalize(boxed.flag(5)) {}
+    : boxed(stack, inputs, outputs, "twtifbiif", 2),
+      score(boxed.tensor(0)),
+      age(boxed.tensor(1)),
+      counts(boxed.tensor(2)),
+      capacity(boxed.integer(3)),
+      width(boxed.integer(6)),
+      cell(boxed.integer(7)),
+      age_weight(boxed.real(4)),
+      bonus(boxed.real(8)),
+      normalize(boxed.flag(5)) {}
 
 void SelectArguments::check() const {
   if (score.rank != 2) fail("score: expected [R, N], got " + text(score));
   if (score.type == Type::kFloat64) check_floating("score", -1, score, false);
-  if (score.type != Type::kFloat32) fail(std::string("score: expected float32 (or float64 in eager), got ") + text(score.type));
+  if (score.type != Type::kFloat32)
+    fail(std::string("score: expected float32 (or float64 in eager), got ") + text(score.type));
   const int64_t N = score.sizes[1];
   check_shape("age", -1, age, score.sizes, 2);
   check_dtype("age", -1, age, Type::kInt32);
@@ -49,11 +58,16 @@ void SelectArguments::check() const {
   if (capacity < 0) fail("capacity: expected 0 or more, got " + number(capacity));
   if (cell < 0) fail("cell: expected 0 (no bonus) or more tokens a side, got " + number(cell));
   if (cell > 0 && !(width > 0 && N % width == 0 && width % cell == 0 && N / width % cell == 0)) {
-    fail("width, cell: expected a grid of " + number(cell) + " x " + number(cell) + " cells over " + number(N) + " tokens, " + number(width) + " a line, got sides that " + number(cell) + " does not divide");
+    fail("width, cell: expected a grid of " + number(cell) + " x " + number(cell) + " cells over " +
+         number(N) + " tokens, " + number(width) + " a line, got sides that " + number(cell) +
+         " does not divide");
   }
-  if (cell == 0 && bonus != 0.0) fail("cell: a bonus of " + shortest(bonus) + " needs cells of 1 or more tokens a side, got 0");
-  if (overlaps_itself(age)) fail("age: its elements share memory; it is written in place, call .contiguous()");
-  if (overlap(age, score) || overlap(age, counts)) fail("age: is written in place and shares memory with another argument; give it memory of its own");
+  if (cell == 0 && bonus != 0.0)
+    fail("cell: a bonus of " + shortest(bonus) + " needs cells of 1 or more tokens a side, got 0");
+  if (overlaps_itself(age))
+    fail("age: its elements share memory; it is written in place, call .contiguous()");
+  if (overlap(age, score) || overlap(age, counts))
+    fail("age: is written in place and shares memory with another argument; give it memory of its own");
 }
 
 void SelectArguments::check_counts() const {
@@ -64,7 +78,9 @@ void SelectArguments::check_counts() const {
     low = std::min(low, count);
     high = std::max(high, count);
   }
-  if (low < 0 || high > most) fail("counts: expected 0.." + number(most) + " (tokens, and capacity), got " + number(low) + ".." + number(high));
+  if (low < 0 || high > most)
+    fail("counts: expected 0.." + number(most) + " (tokens, and capacity), got " + number(low) + ".." +
+         number(high));
 }
 
 RowScoreArguments::RowScoreArguments(const StableIValue* stack, uint64_t inputs, uint64_t outputs)
@@ -84,13 +100,18 @@ ValueNormArguments::ValueNormArguments(const StableIValue* stack, uint64_t input
 void ValueNormArguments::check() const { check_rows("v", -1, v, 4, "[B, H, N, d]"); }
 
 AttentionArguments::AttentionArguments(const StableIValue* stack, uint64_t inputs, uint64_t outputs)
-    : boxed(stack, inputs, outputs, "ttof", 1), q(boxed.tensor(0)), k(boxed.tensor(1)), lse(boxed.tensor(2)), scale(torch::stable::detail::to<std::optional<double>>(stack[3])) {}
+    : boxed(stack, inputs, outputs, "ttof", 1),
+      q(boxed.tensor(0)),
+      k(boxed.tensor(1)),
+      lse(boxed.tensor(2)),
+      scale(torch::stable::detail::to<std::optional<double>>(stack[3])) {}
 
 void AttentionArguments::check() const {
   check_rows("q", -1, q, 4, "[B, H, N, d]");
   check_rows("k", -1, k, 4, "[B, H, M, d]");
   if (k.sizes[0] != q.sizes[0] || k.sizes[1] != q.sizes[1] || k.sizes[3] != q.sizes[3]) {
-    fail("k: expected [" + number(q.sizes[0]) + ", " + number(q.sizes[1]) + ", M, " + number(q.sizes[3]) + "], got " + text(k));
+    fail("k: expected [" + number(q.sizes[0]) + ", " + number(q.sizes[1]) + ", M, " + number(q.sizes[3]) +
+         "], got " + text(k));
   }
   if (k.dtype != q.dtype) fail(std::string("k: expected ") + text(q.type) + " as q, got " + text(k.type));
   check_device("k", -1, k, q);
@@ -101,22 +122,33 @@ void AttentionArguments::check() const {
 }
 
 ErrorArguments::ErrorArguments(const StableIValue* stack, uint64_t inputs, uint64_t outputs)
-    : boxed(stack, inputs, outputs, "ll", 1), newest(boxed.list(0)), earlier(boxed.list(1)), layers(boxed.length(0)), earlier_count(boxed.length(1)) {}
+    : boxed(stack, inputs, outputs, "ll", 1),
+      newest(boxed.list(0)),
+      earlier(boxed.list(1)),
+      layers(boxed.length(0)),
+      earlier_count(boxed.length(1)) {}
 
 void ErrorArguments::check() const {
   if (layers == 0) fail("newest: expected at least one feature, got none");
   if (earlier_count % layers != 0) {
-    fail("earlier: expected a multiple of " + number(layers) + " features (one per newest and look-ahead), got " + number(earlier_count));
+    fail("earlier: expected a multiple of " + number(layers) +
+         " features (one per newest and look-ahead), got " + number(earlier_count));
   }
-  if (earlier_count > kMaxTerms) fail("earlier: at most " + number(kMaxTerms) + " in one call, got " + number(earlier_count));
-  const struct { const char* name; const Tensor* tensors; int64_t count; } lists[] = {{"newest", newest, layers}, {"earlier", earlier, earlier_count}};
+  if (earlier_count > kMaxTerms)
+    fail("earlier: at most " + number(kMaxTerms) + " in one call, got " + number(earlier_count));
+  const struct {
+    const char* name;
+    const Tensor* tensors;
+    int64_t count;
+  } lists[] = {{"newest", newest, layers}, {"earlier", earlier, earlier_count}};
   for (const auto& list : lists) {
     for (int64_t j = 0; j < list.count; ++j) {
       const Tensor& tensor = list.tensors[j];
       check_rows(list.name, j, tensor, 3, "[B, N, D]");
       check_shape(list.name, j, tensor, like().sizes, 3);
       if (tensor.dtype != like().dtype) {
-        fail(indexed(list.name, j) + ": all features have one dtype, expected " + text(like().type) + ", got " + text(tensor.type));
+        fail(indexed(list.name, j) + ": all features have one dtype, expected " + text(like().type) +
+             ", got " + text(tensor.type));
       }
       check_device(list.name, j, tensor, like());
     }

@@ -1,4 +1,5 @@
 """FastCache: feature caching for diffusion transformers, at the cost of its memory traffic."""
+
 from fastcache import ops
 from fastcache.backends import BackendError, status as backends_status, use_backend
 from fastcache.calibration.scan import Calibration
@@ -11,7 +12,29 @@ from fastcache.stream.residual_stream import ResidualStream
 
 __version__ = "0.1.0"
 __all__ = [
-    "FORA", "L2C", "Action", "BackendError", "Calibration", "DuCa", "FastCacheError", "HostError", "Policy", "ResidualStream", "Schedule", "ScheduleError", "Score", "Selection", "Session",
-    "SessionError", "SmoothCache", "StepPlan", "TaylorSeer", "ToCa",
-    "accelerate", "backends_status", "calibrate", "ops", "use_backend",
+    "FORA",
+    "L2C",
+    "Action",
+    "BackendError",
+    "Calibration",
+    "DuCa",
+    "FastCacheError",
+    "HostError",
+    "Policy",
+    "ResidualStream",
+    "Schedule",
+    "ScheduleError",
+    "Score",
+    "Selection",
+    "Session",
+    "SessionError",
+    "SmoothCache",
+    "StepPlan",
+    "TaylorSeer",
+    "ToCa",
+    "accelerate",
+    "backends_status",
+    "calibrate",
+    "ops",
+    "use_backend",
 ]

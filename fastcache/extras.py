@@ -1,4 +1,5 @@
 """Optional dependencies: FastCache itself needs torch and numpy, everything else is an extra."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,5 +16,6 @@ def needs_extra(extra: str) -> Iterator[None]:
         if error.name is None or error.name.startswith("fastcache"):
             raise
         raise ModuleNotFoundError(
-            f"{error.name} is not installed; it comes with: pip install 'fastcache-dit[{extra}]'", name=error.name
+            f"{error.name} is not installed; it comes with: pip install 'fastcache-dit[{extra}]'",
+            name=error.name,
         ) from error

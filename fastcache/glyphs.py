@@ -1,4 +1,5 @@
 """The shipped picture set by its public name; it lives in fastcache.workshop.glyphs."""
+
 from fastcache.workshop import glyphs as _glyphs
 from fastcache.workshop.glyphs import DIFFUSION, load_classifier, load_glyph_dit, weights_path
 

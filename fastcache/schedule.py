@@ -1,4 +1,5 @@
 """The plan by its public name; it lives in fastcache.plan."""
+
 from fastcache.plan.schedule import (
     COMPUTE,
     FORMAT,
@@ -19,6 +20,20 @@ from fastcache.plan.schedule import (
 )
 
 __all__ = [
-    "COMPUTE", "FORMAT", "REUSE", "Action", "Branch", "Kind", "Layout", "Schedule", "Score", "Selection", "StepPlan",
-    "forecast", "full_step", "refresh", "skip_step", "uniform_step",
+    "COMPUTE",
+    "FORMAT",
+    "REUSE",
+    "Action",
+    "Branch",
+    "Kind",
+    "Layout",
+    "Schedule",
+    "Score",
+    "Selection",
+    "StepPlan",
+    "forecast",
+    "full_step",
+    "refresh",
+    "skip_step",
+    "uniform_step",
 ]

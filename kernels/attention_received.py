@@ -15,6 +15,7 @@ A head of d channels is cut into the largest power of two in it and a tail of 16
 costs 80 columns of product, where padding to 128 would cost 128. Queries beyond the last have a
 log-sum-exp of infinity, which makes their weight an exact zero without a mask on the product.
 """
+
 import triton
 import triton.language as tl
 
@@ -39,9 +40,28 @@ def _product(rows, rows_tail, columns, columns_tail, TAIL: tl.constexpr, PRECISI
 
 @triton.jit
 def received_kernel(
-    q, k, lse, partial, N, M, factor,
-    q_batch, q_head, q_token, k_batch, k_head, k_token,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr,
+    q,
+    k,
+    lse,
+    partial,
+    N,
+    M,
+    factor,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    UNIT: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One tile of keys of one head. Grid: (key tiles, H, B). partial [B, H, M]; factor scales the logits."""
     b, h, heads = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -56,7 +76,9 @@ def received_kernel(
     for first in tl.range(0, N, QUERIES, num_stages=STAGES):
         queries = first + tl.arange(0, QUERIES)
         other = _tile(q_start, queries.to(tl.int64), q_token * UNIT, N, columns, D)
-        other_tail = _tile(q_start, queries.to(tl.int64), q_token * UNIT, N, tail_columns, D) if TAIL > 0 else other
+        other_tail = (
+            _tile(q_start, queries.to(tl.int64), q_token * UNIT, N, tail_columns, D) if TAIL > 0 else other
+        )
         own_sum = tl.load(sums + queries, mask=queries < N, other=float("inf")).to(tl.float32) * LOG2E
         logits = _product(own, own_tail, other, other_tail, TAIL, PRECISION)
         total += tl.sum(tl.exp2(logits * (factor * LOG2E) - own_sum[None, :]), 1)
@@ -65,11 +87,31 @@ def received_kernel(
 
 @triton.jit
 def lse_kernel(
-    q, k, lse, N, M, factor,
-    q_batch, q_head, q_token, k_batch, k_head, k_token,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr,
+    q,
+    k,
+    lse,
+    N,
+    M,
+    factor,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    UNIT: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Log-sum-exp of the scaled logits of one tile of queries of one head. Grid: (query tiles, H, B). lse [B, H, N]."""
+    """Log-sum-exp of the scaled logits of one tile of queries of one head. Grid: (query tiles, H, B). lse [B,
+    H, N].
+    """
     b, h, heads = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     columns, tail_columns = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
@@ -82,11 +124,15 @@ def lse_kernel(
     for first in tl.range(0, M, KEYS, num_stages=STAGES):
         keys = first + tl.arange(0, KEYS)
         other = _tile(k_start, keys.to(tl.int64), k_token * UNIT, M, columns, D)
-        other_tail = _tile(k_start, keys.to(tl.int64), k_token * UNIT, M, tail_columns, D) if TAIL > 0 else other
+        other_tail = (
+            _tile(k_start, keys.to(tl.int64), k_token * UNIT, M, tail_columns, D) if TAIL > 0 else other
+        )
         logits = _product(own, own_tail, other, other_tail, TAIL, PRECISION) * (factor * LOG2E)
         logits = tl.where((keys < M)[None, :], logits, float("-inf"))
         new = tl.maximum(largest, tl.max(logits, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # of logits that are all -inf: exp2(-inf - -inf) would be NaN
+        base = tl.where(
+            new == float("-inf"), 0.0, new
+        )  # of logits that are all -inf: exp2(-inf - -inf) would be NaN
         total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         largest = new
     tl.store(lse + (b * heads + h) * N + queries, (largest + tl.log2(total)) / LOG2E, mask=queries < N)

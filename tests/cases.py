@@ -5,6 +5,7 @@ A `Form` says what a call looks like: shapes, dtypes, strides, options, seed; al
 a backend and compares everything it returned and wrote with the definition in float64; the
 bounds follow from the dtypes and the number of roundings (`unit`, `sum_bound`, `modulated_bound`).
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -77,7 +78,9 @@ class Form:
         """The same call in other dtypes; a float8 feature or slot stays float8."""
         feature = self.feature if self.feature == FLOAT8 else precision.feature
         slot = self.slot if self.slot in ("", FLOAT8) else precision.feature
-        return replace(self, x=precision.x, feature=feature, vector=precision.vector, slot=slot, fresh=precision.feature)
+        return replace(
+            self, x=precision.x, feature=feature, vector=precision.vector, slot=slot, fresh=precision.feature
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,19 @@ UPDATES = {
     "packed-rows-only": Form(terms=2, norm=Norm.LAYER, shift="BFD", scale="BD", rows=3, need_x=False),
     "reference": Form(terms=2, gate="D", reference=True),
     "errors-only": Form(terms=2, feature=FLOAT8, scales=True, reference=True, need_x=False),
-    "all": Form(terms=7, gate="BD", packed=True, weights=True, scales=True, norm=Norm.LAYER, shift="BD", scale="BD", affine=True, rows=5, reference=True),
+    "all": Form(
+        terms=7,
+        gate="BD",
+        packed=True,
+        weights=True,
+        scales=True,
+        norm=Norm.LAYER,
+        shift="BD",
+        scale="BD",
+        affine=True,
+        rows=5,
+        reference=True,
+    ),
 }
 SCATTERS = {
     "store": Form(terms=0, slot="float32"),
@@ -134,8 +149,24 @@ SCATTERS = {
     "nothing-fresh": Form(terms=1, slot="float32", fresh_rows=0),
     "float8-store": Form(terms=0, slot=FLOAT8, gate="BD"),
     "float8-refresh": Form(terms=2, feature=FLOAT8, slot=FLOAT8, fresh_rows=3, scales=True),
-    "refresh-modulated": Form(terms=1, slot="float32", fresh_rows=3, gate="BD", norm=Norm.LAYER, shift="BD", scale="BD"),
-    "refresh-all": Form(terms=3, slot="float32", fresh_rows=4, position=2, gate="BFD", packed=True, weights=True, norm=Norm.LAYER, shift="BD", scale="BD", affine=True, rows=3, reference=True),
+    "refresh-modulated": Form(
+        terms=1, slot="float32", fresh_rows=3, gate="BD", norm=Norm.LAYER, shift="BD", scale="BD"
+    ),
+    "refresh-all": Form(
+        terms=3,
+        slot="float32",
+        fresh_rows=4,
+        position=2,
+        gate="BFD",
+        packed=True,
+        weights=True,
+        norm=Norm.LAYER,
+        shift="BD",
+        scale="BD",
+        affine=True,
+        rows=3,
+        reference=True,
+    ),
     "store-without-x": Form(terms=1, slot="float32", fresh_rows=3, norm=Norm.RMS, rows=4, need_x=False),
     "store-alone": Form(terms=0, slot="float32", fresh_rows=3, need_x=False),
 }
@@ -147,7 +178,9 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_update = pytest.mark.parametrize("form", UPDATES.values(), ids=UPDATES)
 each_scatter = pytest.mark.parametrize("form", SCATTERS.values(), ids=SCATTERS)
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=("fp32", "fp16", "bf16"))
+each_dtype = pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.float16, torch.bfloat16), ids=("fp32", "fp16", "bf16")
+)
 
 REFUSED = (ValueError, TypeError, IndexError, RuntimeError)  # what the operators raise for bad arguments
 
@@ -181,7 +214,11 @@ class Call:
 
     @property
     def operator(self) -> torch._ops.OpOverload:
-        return (torch.ops.fastcache.residual_update_scatter_ if self.scatter else torch.ops.fastcache.residual_update).default
+        return (
+            torch.ops.fastcache.residual_update_scatter_
+            if self.scatter
+            else torch.ops.fastcache.residual_update
+        ).default
 
     def without(self, *names: str) -> "Call":
         """The same call with these optional arguments left out."""
@@ -207,9 +244,16 @@ class Call:
         position = -1 if not self.scatter else len(a["features"]) if a["position"] < 0 else a["position"]
         numbers = [j for j in range(len(a["features"]) + self.scatter) if j != position]
         scales = a["scales"]
-        terms = [feature.double() * (1.0 if scales is None else scales[j][..., None].double()) for j, feature in zip(numbers, a["features"])]
+        terms = [
+            feature.double() * (1.0 if scales is None else scales[j][..., None].double())
+            for j, feature in zip(numbers, a["features"])
+        ]
         if self.scatter:
-            terms.insert(position, a["slot"].double() * (1.0 if a["slot_scale"] is None else a["slot_scale"][..., None].double()))
+            terms.insert(
+                position,
+                a["slot"].double()
+                * (1.0 if a["slot_scale"] is None else a["slot_scale"][..., None].double()),
+            )
         return terms
 
 
@@ -250,13 +294,23 @@ def laid_out(values: Tensor, layout: str, offset: int = 0) -> tuple[Tensor, Tens
     if layout == "repeated" and len(shape) == 3:
         strides[0], strides[1] = D, 0
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1 if values.numel() else 0
-    buffer = torch.full(((start + reach + GUARD) * values.element_size(),), 0xFF if values.is_floating_point() else 0x7F, dtype=torch.uint8).view(values.dtype)
+    buffer = torch.full(
+        ((start + reach + GUARD) * values.element_size(),),
+        0xFF if values.is_floating_point() else 0x7F,
+        dtype=torch.uint8,
+    ).view(values.dtype)
     view = buffer.as_strided(shape, strides, start)
     if values.numel():
         shared = {"expanded": 0, "repeated": 1}.get(layout)
-        target, source = (view, values) if shared is None or len(shape) != 3 else (view.select(shared, 0), values.select(shared, 0))
+        target, source = (
+            (view, values)
+            if shared is None or len(shape) != 3
+            else (view.select(shared, 0), values.select(shared, 0))
+        )
         as_bytes = values.dtype == getattr(torch, FLOAT8)
-        (target.view(torch.uint8) if as_bytes else target).copy_(source.view(torch.uint8) if as_bytes else source)
+        (target.view(torch.uint8) if as_bytes else target).copy_(
+            source.view(torch.uint8) if as_bytes else source
+        )
     return view, buffer
 
 
@@ -276,29 +330,54 @@ def build(form: Form) -> Call:
 
     def vector(name: str, shape: str, lead: tuple[int, ...] = ()) -> Tensor | None:
         seed = next(seeds)
-        return tensor(name, random_values((*lead, *VECTOR_SHAPES[shape](B, N, D)), form.vector, seed), form.vector_layout) if shape else None
+        return (
+            tensor(
+                name,
+                random_values((*lead, *VECTOR_SHAPES[shape](B, N, D)), form.vector, seed),
+                form.vector_layout,
+            )
+            if shape
+            else None
+        )
 
     def row_factors(name: str, shape: tuple[int, ...]) -> Tensor:
-        return tensor(name, random_values(shape, "float32", next(seeds)).abs() + 0.5, "contiguous" if form.layout == "contiguous" else "wide")
+        return tensor(
+            name,
+            random_values(shape, "float32", next(seeds)).abs() + 0.5,
+            "contiguous" if form.layout == "contiguous" else "wide",
+        )
 
     packed = form.packed and bool(form.gate)
     index = torch.randint(-1, 3, (J,), generator=random, dtype=torch.int32)
     index[: J // 2 : 2] = -1
-    arguments: dict[str, object] = {"x": rows("x", form.x), "features": [rows(f"features[{j}]", form.feature) for j in range(form.terms)]}
+    arguments: dict[str, object] = {
+        "x": rows("x", form.x),
+        "features": [rows(f"features[{j}]", form.feature) for j in range(form.terms)],
+    }
     # an owned slot has rows of its own, whatever the layout of what is only read
     own = form.layout if form.layout in ("contiguous", "wide", "alternate", "swapped") else "wide"
     if form.slot:
         arguments["slot"] = rows("slot", form.slot, own)
-        fresh = random_values((B, N if form.fresh_rows is None else form.fresh_rows, D), form.fresh, next(seeds))
+        fresh = random_values(
+            (B, N if form.fresh_rows is None else form.fresh_rows, D), form.fresh, next(seeds)
+        )
         arguments["fresh"] = tensor("fresh", fresh)
-        fresh_map = torch.randint(-1, form.fresh_rows, (B, N), generator=random, dtype=torch.int32) if form.fresh_rows is not None else None
+        fresh_map = (
+            torch.randint(-1, form.fresh_rows, (B, N), generator=random, dtype=torch.int32)
+            if form.fresh_rows is not None
+            else None
+        )
         arguments["fresh_slots"] = None if fresh_map is None else tensor("fresh_slots", fresh_map, own)
         arguments["position"] = form.position
         arguments["slot_scale"] = row_factors("slot_scale", (B, N)) if form.slot == FLOAT8 else None
     arguments |= {
         "gates": vector("gates", form.gate, (3,) if packed else ()),
         "gate_index": tensor("gate_index", index, "contiguous") if packed else None,
-        "weights": tensor("weights", random_values((J,), "float32", next(seeds)), "contiguous") if form.weights else None,
+        "weights": (
+            tensor("weights", random_values((J,), "float32", next(seeds)), "contiguous")
+            if form.weights
+            else None
+        ),
         "scales": row_factors("scales", (J, B, N)) if form.scales else None,
         "norm": int(form.norm),
         "shift": vector("shift", form.shift),
@@ -306,9 +385,13 @@ def build(form: Form) -> Call:
         "norm_weight": vector("norm_weight", "D" if form.affine else ""),
         "norm_bias": vector("norm_bias", "D" if form.affine else ""),
         "eps": form.eps,
-        "row_slots": tensor("row_slots", random_row_slots(form, random), own) if form.rows is not None else None,
+        "row_slots": (
+            tensor("row_slots", random_row_slots(form, random), own) if form.rows is not None else None
+        ),
         "row_count": form.rows or 0,
-        "reference": rows("reference", form.feature if form.feature != FLOAT8 else form.x) if form.reference else None,
+        "reference": (
+            rows("reference", form.feature if form.feature != FLOAT8 else form.x) if form.reference else None
+        ),
         "need_x": form.need_x,
     }
     return Call(form, arguments, buffers)
@@ -340,7 +423,9 @@ def sum_bound(exact: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype) 
     Every term takes at most four roundings of its own and every partial sum one, each at most
     2^-24 of the sum of magnitudes; then comes the rounding to the dtype of x.
     """
-    return 1.01 * ((terms + 4) * unit(torch.float32) * magnitude + unit(dtype) * exact.abs()) + step_near_zero(dtype)
+    return 1.01 * (
+        (terms + 4) * unit(torch.float32) * magnitude + unit(dtype) * exact.abs()
+    ) + step_near_zero(dtype)
 
 
 def modulated_bound(x: Tensor, h: Tensor, call: Call) -> Tensor:
@@ -355,10 +440,18 @@ def modulated_bound(x: Tensor, h: Tensor, call: Call) -> Tensor:
     scale = 0.0 if a["scale"] is None else eager.tokenwise(a["scale"], x).abs()
     shift = 0.0 if a["shift"] is None else eager.tokenwise(a["shift"], x).abs()
     centred = x - x.mean(-1, keepdim=True) if a["norm"] == Norm.LAYER else x
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + a["eps"]) if a["norm"] in (Norm.LAYER, Norm.RMS) else 1.0
+    inverse = (
+        torch.rsqrt(centred.square().mean(-1, keepdim=True) + a["eps"])
+        if a["norm"] in (Norm.LAYER, Norm.RMS)
+        else 1.0
+    )
     offset = (x.abs() + x.abs().mean(-1, keepdim=True)) * inverse if a["norm"] == Norm.LAYER else 0.0
     parts = ((centred * inverse).abs() * weight + bias) * (1 + scale) + shift + offset * weight * (1 + scale)
-    return (8 + D**0.5) * unit(torch.float32) * parts + 1.01 * unit(h.dtype) * h.double().abs() + step_near_zero(h.dtype)
+    return (
+        (8 + D**0.5) * unit(torch.float32) * parts
+        + 1.01 * unit(h.dtype) * h.double().abs()
+        + step_near_zero(h.dtype)
+    )
 
 
 def exact_update(call: Call) -> tuple[Tensor, Tensor]:
@@ -366,14 +459,26 @@ def exact_update(call: Call) -> tuple[Tensor, Tensor]:
     a, terms = call.arguments, call.terms_exact()
     absolute = [None if a[name] is None else a[name].abs() for name in ("gates", "weights")]
     exact = eager.residual_update(a["x"].double(), terms, a["gates"], a["gate_index"], a["weights"])[0]
-    magnitude = eager.residual_update(a["x"].double().abs(), [term.abs() for term in terms], absolute[0], a["gate_index"], absolute[1])[0]
+    magnitude = eager.residual_update(
+        a["x"].double().abs(), [term.abs() for term in terms], absolute[0], a["gate_index"], absolute[1]
+    )[0]
     return exact, magnitude
 
 
 def exact_modulated(call: Call, x: Tensor) -> Tensor:
     """h of the stream x in float64, by the definition."""
     a = call.arguments
-    return eager.modulated_rows(x.double(), a["norm"], a["shift"], a["scale"], a["norm_weight"], a["norm_bias"], a["eps"], a["row_slots"], a["row_count"])
+    return eager.modulated_rows(
+        x.double(),
+        a["norm"],
+        a["shift"],
+        a["scale"],
+        a["norm_weight"],
+        a["norm_bias"],
+        a["eps"],
+        a["row_slots"],
+        a["row_count"],
+    )
 
 
 def exact_errors(call: Call) -> Tensor:
@@ -390,21 +495,31 @@ def assert_within(found: Tensor, exact: Tensor, bound: Tensor, what: str) -> Non
     wrong = ~(excess <= 0)
     if bool(wrong.any()):
         place = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(f"{what}: {int(wrong.sum())} of {found.numel()} elements off, first at {place}: {found[place].item()}, expected {exact[place].item()} +- {bound.expand_as(exact)[place].item():.3g}")
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {found.numel()} elements off, first at {place}:"
+            f" {found[place].item()}, expected {exact[place].item()} +-"
+            f" {bound.expand_as(exact)[place].item():.3g}"
+        )
 
 
 def assert_outputs(call: Call, result: ResidualUpdate, updated: Tensor) -> None:
     """Assert that a result lies within the bounds; `updated` is x' of the same call in the same backend."""
     a, dtype = call.arguments, call.arguments["x"].dtype
     exact, magnitude = exact_update(call)
-    assert (result.x is not None, result.h is not None, result.errors is not None) == (a["need_x"], a["norm"] != 0, a["reference"] is not None)
+    assert (result.x is not None, result.h is not None, result.errors is not None) == (
+        a["need_x"],
+        a["norm"] != 0,
+        a["reference"] is not None,
+    )
     if result.x is not None:
         assert result.x.dtype == dtype
         assert_within(result.x, exact, sum_bound(exact, magnitude, len(call.terms_exact()), dtype), "x")
     if result.h is not None:
         assert result.h.dtype == dtype
         h = exact_modulated(call, updated)
-        bound = modulated_bound(updated.double(), exact_modulated(call.without("row_slots"), updated).to(dtype), call)
+        bound = modulated_bound(
+            updated.double(), exact_modulated(call.without("row_slots"), updated).to(dtype), call
+        )
         if a["row_slots"] is not None:
             index = eager.packed_index(a["row_slots"], a["row_count"])
             bound = eager.take_rows(bound, index) * (index >= 0)[..., None]
@@ -412,7 +527,9 @@ def assert_outputs(call: Call, result: ResidualUpdate, updated: Tensor) -> None:
     if result.errors is not None:
         assert result.errors.dtype == torch.float32
         errors = exact_errors(call)
-        assert_within(result.errors, errors, 8 * unit(torch.float32) * errors.sum(1, keepdim=True) + 1e-30, "errors")
+        assert_within(
+            result.errors, errors, 8 * unit(torch.float32) * errors.sum(1, keepdim=True) + 1e-30, "errors"
+        )
 
 
 def verify(form: Form, backend: str, prepare: Callable[[Call], None] = lambda call: None) -> ResidualUpdate:
@@ -432,10 +549,17 @@ def verify(form: Form, backend: str, prepare: Callable[[Call], None] = lambda ca
     if call.scatter:
         # the definition writes into equal memory: every byte must agree, the sentinels included
         twin = ready(form)
-        eager.store_rows_(twin.arguments["slot"], twin.arguments["fresh"], twin.arguments["fresh_slots"], twin.arguments["slot_scale"])
+        eager.store_rows_(
+            twin.arguments["slot"],
+            twin.arguments["fresh"],
+            twin.arguments["fresh_slots"],
+            twin.arguments["slot_scale"],
+        )
         before |= {name: bytes_ for name, bytes_ in twin.snapshot().items() if name in ("slot", "slot_scale")}
     for name, bytes_ in call.snapshot().items():
-        assert torch.equal(bytes_, before[name]), f"{name}: bytes differ from what they should be after the call"
+        assert torch.equal(bytes_, before[name]), (
+            f"{name}: bytes differ from what they should be after the call"
+        )
     updated = result.x if result.x is not None else ready(replace(form, need_x=True)).run(backend).x
     assert_outputs(call, result, updated)
     return result
@@ -445,7 +569,9 @@ def assert_same_bits(found: object, expected: object) -> None:
     """Assert that tensors, or results of the operators, are equal in every bit."""
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype and found.shape == expected.shape
-        assert torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), f"differ by up to {(found.double() - expected.double()).abs().max()}"
+        assert torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), (
+            f"differ by up to {(found.double() - expected.double()).abs().max()}"
+        )
         return
     assert (found is None) == (expected is None)
     if expected is not None:

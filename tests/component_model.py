@@ -1,4 +1,5 @@
 """A small model of blocks with components attn and mlp, and a stand-in sampler, for the compat tests."""
+
 import torch
 from torch import Tensor, nn
 
@@ -49,10 +50,25 @@ def tiny_diffusers_dit() -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    return DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=4, num_embeds_ada_norm=10).eval().requires_grad_(False)
+    return (
+        DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=4,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
+            patch_size=4,
+            num_embeds_ada_norm=10,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def call_tiny(host: nn.Module, step: int) -> Tensor:
     """One call of it as a sampler makes."""
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step))
-    return host(x, timestep=torch.tensor([900 - step] * 2), class_labels=torch.tensor([1, 2]), return_dict=False)[0]
+    return host(
+        x, timestep=torch.tensor([900 - step] * 2), class_labels=torch.tensor([1, 2]), return_dict=False
+    )[0]

@@ -1,4 +1,5 @@
 """Test set-up: tests import each other's support modules by name."""
+
 import sys
 from pathlib import Path
 

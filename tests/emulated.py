@@ -3,6 +3,7 @@
 Everything but csrc/cuda/runtime.cu and register.cpp is the code that runs on a GPU: checks, launch
 parameters, the choice of kernel, kernels.
 """
+
 import ctypes
 import hashlib
 import os
@@ -23,8 +24,13 @@ from processes import ROOT
 EMULATOR = ROOT / "tests" / "emulator"
 TOKENS = ("select_tokens", "row_score", "relative_error")
 SHARED = (
-    *(f"csrc/{name}.cpp" for name in ("arguments", "boxed", "checks", "token_checks", "overlap")), "csrc/cuda/residual_update.cpp", "csrc/cuda/parameters.cpp", "csrc/cuda/tuning.cpp", "csrc/cuda/errors.cu",
-    *(f"csrc/cuda/{name}.{kind}" for name in TOKENS for kind in ("cpp", "cu")), "tests/emulator/runtime.cpp",
+    *(f"csrc/{name}.cpp" for name in ("arguments", "boxed", "checks", "token_checks", "overlap")),
+    "csrc/cuda/residual_update.cpp",
+    "csrc/cuda/parameters.cpp",
+    "csrc/cuda/tuning.cpp",
+    "csrc/cuda/errors.cu",
+    *(f"csrc/cuda/{name}.{kind}" for name in TOKENS for kind in ("cpp", "cu")),
+    "tests/emulator/runtime.cpp",
 )
 TYPES = ("float32", "float16", "bfloat16")
 TORCH = Path(torch.__file__).parent
@@ -44,7 +50,11 @@ class Emulated:
         a = call.arguments
         damage = self.library.emulator_damage()
         assert damage == 0, f"{damage} bytes beside the outputs were written"
-        return ResidualUpdate(x if a["need_x"] else None, h if a["norm"] else None, errors if a["reference"] is not None else None)
+        return ResidualUpdate(
+            x if a["need_x"] else None,
+            h if a["norm"] else None,
+            errors if a["reference"] is not None else None,
+        )
 
     def seed(self, seed: int) -> None:
         """Choose the order in which threads run between barriers."""
@@ -65,8 +75,21 @@ def build(name: str = "emulated", *flags: str) -> Emulated:
     if compiler is None:
         pytest.skip("no C++ compiler: the CUDA kernels are not emulated")
     namespace = f"fastcache_{name}"
-    options = ["-std=c++20", "-O1", "-fPIC", "-w", "-fvisibility=hidden", *(f"-I{folder}" for folder in (EMULATOR, ROOT / "csrc", ROOT / "csrc" / "include"))]
-    options += ["-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-DEMULATED_NAMESPACE={namespace}", *flags]
+    options = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-w",
+        "-fvisibility=hidden",
+        *(f"-I{folder}" for folder in (EMULATOR, ROOT / "csrc", ROOT / "csrc" / "include")),
+    ]
+    options += [
+        "-isystem",
+        str(TORCH / "include"),
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-DEMULATED_NAMESPACE={namespace}",
+        *flags,
+    ]
     library = _folder(compiler, options) / f"{namespace}.so"
     if not library.exists():
         _compile(compiler, options, library)
@@ -78,7 +101,14 @@ def build(name: str = "emulated", *flags: str) -> Emulated:
 
 def _folder(compiler: str, options: list[str]) -> Path:
     digest = hashlib.sha256(repr((compiler, options, torch.__version__)).encode())
-    for path in sorted([*(ROOT / "csrc").glob("*.*"), *(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "include").rglob("*.*"), *EMULATOR.iterdir()]):
+    for path in sorted(
+        [
+            *(ROOT / "csrc").glob("*.*"),
+            *(ROOT / "csrc" / "cuda").iterdir(),
+            *(ROOT / "csrc" / "include").rglob("*.*"),
+            *EMULATOR.iterdir(),
+        ]
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"fastcache-emulated-{digest.hexdigest()[:16]}"
     folder.mkdir(exist_ok=True)
@@ -90,14 +120,31 @@ def _compile(compiler: str, options: list[str], library: Path) -> None:
 
         def compiled(source: str) -> Path:
             target = Path(folder) / (Path(source).stem + Path(source).suffix[1:] + ".o")
-            redirected = ["-Daoti_torch_empty_strided=emulated_empty_strided"] if source.endswith("arguments.cpp") else []
+            redirected = (
+                ["-Daoti_torch_empty_strided=emulated_empty_strided"]
+                if source.endswith("arguments.cpp")
+                else []
+            )
             _run([compiler, *options, *redirected, "-x", "c++", "-c", str(ROOT / source), "-o", str(target)])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compiled, [*(f"csrc/cuda/residual_update_{name}.cu" for name in TYPES), *SHARED]))
+            objects = list(
+                pool.map(compiled, [*(f"csrc/cuda/residual_update_{name}.cu" for name in TYPES), *SHARED])
+            )
         linked = Path(folder) / library.name
-        _run([compiler, "-shared", "-o", str(linked), *map(str, objects), f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"])
+        _run(
+            [
+                compiler,
+                "-shared",
+                "-o",
+                str(linked),
+                *map(str, objects),
+                f"-L{TORCH / 'lib'}",
+                "-ltorch_cpu",
+                f"-Wl,-rpath,{TORCH / 'lib'}",
+            ]
+        )
         linked.replace(library)
 
 

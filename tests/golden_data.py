@@ -2,6 +2,7 @@
 
 Each case holds the exact input and output of every model call; feed them in order and compare.
 """
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ class GoldenCall:
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One trajectory of S steps; `config` has the original's flags, `actions` one letter per layer and step."""
+    """One trajectory of S steps; `config` has the original's flags, `actions` one letter per layer and
+    step.
+    """
 
     inputs: Tensor  # [S, 2, 4, 16, 16]
     timesteps: Tensor  # [S]
@@ -52,7 +55,9 @@ class GoldenCase:
 
 def golden_model() -> DiT:
     """The model of every DiT case, freshly filled from its own state-dict names."""
-    model = DiT(input_size=16, patch_size=2, in_channels=4, hidden_size=64, depth=28, num_heads=4, num_classes=10)
+    model = DiT(
+        input_size=16, patch_size=2, in_channels=4, hidden_size=64, depth=28, num_heads=4, num_classes=10
+    )
     return fill_model(model).eval()
 
 
@@ -62,7 +67,9 @@ def load_case(name: str) -> GoldenCase:
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in ("inputs", "timesteps", "labels", "model_out")}
         metadata = file.metadata()
-    return GoldenCase(**tensors, config=json.loads(metadata["config"]), actions=json.loads(metadata["actions"]))
+    return GoldenCase(
+        **tensors, config=json.loads(metadata["config"]), actions=json.loads(metadata["actions"])
+    )
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -87,4 +94,7 @@ class GoldenActions:
 @cache
 def load_actions() -> dict[str, GoldenActions]:
     """The cases of `tests/golden/token_actions.json`, all with 28 layers."""
-    return {name: GoldenActions(**case) for name, case in json.loads((FOLDER / "token_actions.json").read_text()).items()}
+    return {
+        name: GoldenActions(**case)
+        for name, case in json.loads((FOLDER / "token_actions.json").read_text()).items()
+    }

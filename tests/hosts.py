@@ -1,4 +1,5 @@
 """A small host model and a stand-in sampler for the session tests."""
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +12,15 @@ CLASSES = 10
 def small_dit(seed: int = 0, depth: int = 3, dtype: torch.dtype = torch.float32) -> DiT:
     """A DiT with random weights everywhere (adaLN and final layer too), 16 tokens of width 32."""
     torch.manual_seed(seed)
-    model = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=depth, num_heads=2, num_classes=CLASSES)
+    model = DiT(
+        input_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        depth=depth,
+        num_heads=2,
+        num_classes=CLASSES,
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -19,7 +28,9 @@ def small_dit(seed: int = 0, depth: int = 3, dtype: torch.dtype = torch.float32)
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def inputs(step: int, batch: int = 4, size: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    step: int, batch: int = 4, size: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """(x, t, y) of one step, the same for every caller."""
     generator = torch.Generator().manual_seed(1000 + step)
     x = torch.randn(batch, 4, size, size, generator=generator).to(dtype)
@@ -34,12 +45,18 @@ def run(model, steps: int = STEPS, batch: int = 4) -> list[Tensor]:
 
 
 @torch.no_grad()
-def reference(model, full: list[int], steps: int = STEPS, batch: int = 4, sizes: list[int] | None = None) -> list[Tensor]:
+def reference(
+    model, full: list[int], steps: int = STEPS, batch: int = 4, sizes: list[int] | None = None
+) -> list[Tensor]:
     """The definition of step caching, written naively: x += gate * (computed or stored) feature."""
     stored, outputs = {}, []
     for step in range(steps):
         x, t, y = inputs(step, batch, sizes[step] if sizes else 8)
-        x, c = model.embed(x, t, y) if isinstance(model, ForeignDiT) else (model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y))
+        x, c = (
+            model.embed(x, t, y)
+            if isinstance(model, ForeignDiT)
+            else (model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y))
+        )
         for index, block in enumerate(model.blocks):
             shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(6, -1)
             if step in full:
@@ -50,7 +67,9 @@ def reference(model, full: list[int], steps: int = STEPS, batch: int = 4, sizes:
             x = x + gate2 * stored[index, 1]
             if isinstance(model, ForeignDiT):
                 x = model.between(index, x)
-        outputs.append(model.finish(x, c) if isinstance(model, ForeignDiT) else model._unpatch(model.final_layer(x, c)))
+        outputs.append(
+            model.finish(x, c) if isinstance(model, ForeignDiT) else model._unpatch(model.final_layer(x, c))
+        )
     return outputs
 
 
@@ -59,7 +78,10 @@ class ForeignBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = (
+            nn.LayerNorm(width, elementwise_affine=False, eps=1e-6),
+            nn.LayerNorm(width, elementwise_affine=False, eps=1e-6),
+        )
         self.attn = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -75,7 +97,11 @@ class ForeignDiT(nn.Module):
 
     def __init__(self, width: int = 24, depth: int = 4, between=None) -> None:
         super().__init__()
-        self.embedding, self.time, self.label = nn.Linear(4, width), nn.Linear(1, width), nn.Embedding(CLASSES, width)
+        self.embedding, self.time, self.label = (
+            nn.Linear(4, width),
+            nn.Linear(1, width),
+            nn.Embedding(CLASSES, width),
+        )
         self.blocks = nn.ModuleList(ForeignBlock(width) for _ in range(depth))
         self.final_layer = nn.Linear(width, 4)
         self.between = between or (lambda index, x: x)
@@ -101,5 +127,8 @@ def foreign_dit(between=None, depth: int = 4) -> ForeignDiT:
 
 def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
     """Every step within a relative L2 error."""
-    errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, expected, strict=True)]
+    errors = [
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(found, expected, strict=True)
+    ]
     assert max(errors) < tolerance, errors

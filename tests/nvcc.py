@@ -1,4 +1,5 @@
 """nvcc for kernels of GPUs that are not here: what ptxas says of them, and their PTX."""
+
 import os
 import re
 import shutil
@@ -9,7 +10,14 @@ from pathlib import Path
 
 from processes import ROOT
 
-NVCC = shutil.which("nvcc") or next((str(path) for path in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc",) if path.exists()), None)
+NVCC = shutil.which("nvcc") or next(
+    (
+        str(path)
+        for path in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc",)
+        if path.exists()
+    ),
+    None,
+)
 MISSING = "nvcc is not installed: the CUDA kernels are not compiled"
 
 
@@ -41,11 +49,27 @@ def compiled(source: str, architecture: int, folder: Path) -> tuple[dict[str, Ke
     """Kernels of a CUDA source by mangled name, in its order, and the cubin."""
     written, ptx, cubin = folder / "kernels.cu", folder / "kernels.ptx", folder / "kernels.cubin"
     written.write_text(source)
-    run([NVCC, "-std=c++20", f"-arch=compute_{architecture}", f"-I{ROOT / 'csrc' / 'include'}", "-ptx", written, "-o", ptx])
+    run(
+        [
+            NVCC,
+            "-std=c++20",
+            f"-arch=compute_{architecture}",
+            f"-I{ROOT / 'csrc' / 'include'}",
+            "-ptx",
+            written,
+            "-o",
+            ptx,
+        ]
+    )
     told = run([NVCC, f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", ptx, "-o", cubin])
     text = ptx.read_text()
     bodies = dict(zip(re.findall(r"\.entry (\w+)", text), text.split(".entry ")[1:], strict=True))
     kernels = {}
-    for name, stack, stored, loaded, registers in re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", told, re.S):
+    for name, stack, stored, loaded, registers in re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes"
+        r" spill loads.*?Used (\d+) registers",
+        told,
+        re.S,
+    ):
         kernels[name] = Kernel(int(registers), int(stack), int(stored) + int(loaded), bodies[name])
     return kernels, cubin

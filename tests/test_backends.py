@@ -1,4 +1,5 @@
 """Which backend runs, how one is forced, and what happens where it cannot run."""
+
 import asyncio
 import contextvars
 import os
@@ -22,7 +23,12 @@ STATUS = fastcache.backends_status()
 ABSENT = [name for name, status in STATUS.items() if not status.available]
 FIRST = next(name for name in backends.ORDER["cpu"] if STATUS[name].available)
 BUILT = pytest.mark.skipif(not STATUS["cpp"].available, reason=f"cpp: {STATUS['cpp'].reason}")
-MODULES = {"eager": "fastcache.backends.eager", "cpp": "fastcache.backends.native", "cuda": "fastcache.backends.native", "triton": "fastcache.backends.triton"}
+MODULES = {
+    "eager": "fastcache.backends.eager",
+    "cpp": "fastcache.backends.native",
+    "cuda": "fastcache.backends.native",
+    "triton": "fastcache.backends.triton",
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -95,17 +101,27 @@ def device_that_checks(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 @BUILT
-def test_a_backend_that_disagrees_with_eager_is_not_used_and_a_warning_says_so(device_that_checks: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_backend_that_disagrees_with_eager_is_not_used_and_a_warning_says_so(
+    device_that_checks: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device, operator: "x differs by 3")
     assert backends.choose(device_that_checks, torch.float32).__name__ == MODULES["eager"]
     assert backends.chosen_name(device_that_checks) == "eager"
-    assert caplog.messages == ["backend cpp disagrees with eager on xpu and will not run residual_update: x differs by 3"]
+    assert caplog.messages == [
+        "backend cpp disagrees with eager on xpu and will not run residual_update: x differs by 3"
+    ]
 
 
 @BUILT
-def test_a_backend_that_agrees_is_checked_once_and_used(device_that_checks: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_agrees_is_checked_once_and_used(
+    device_that_checks: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked: list[torch.device] = []
-    monkeypatch.setattr(backends.selfcheck, "disagreement", lambda module, device, operator: checked.append((device, operator)))
+    monkeypatch.setattr(
+        backends.selfcheck,
+        "disagreement",
+        lambda module, device, operator: checked.append((device, operator)),
+    )
     for _ in range(3):
         assert backends.choose(device_that_checks, torch.float32).__name__ == MODULES["cpp"]
     assert checked == [(device_that_checks, "residual_update")]
@@ -124,18 +140,25 @@ def test_float64_runs_in_eager_and_in_float64() -> None:
 def test_float64_runs_in_eager_in_a_compiled_function_too() -> None:
     torch._dynamo.reset()
     x = torch.full((1, 2, 4), 1.0, dtype=torch.float64)
-    function = torch.compile(lambda x, feature: residual_update(x, [feature]).x, fullgraph=True, backend="aot_eager")
+    function = torch.compile(
+        lambda x, feature: residual_update(x, [feature]).x, fullgraph=True, backend="aot_eager"
+    )
     assert function(x, torch.full_like(x, 2.0**-40))[0, 0, 0].item() == 1.0 + 2.0**-40
 
 
 @BUILT
 def test_a_compiled_backend_refuses_float64_instead_of_rounding_it() -> None:
     x = torch.ones(1, 2, 4, dtype=torch.float64)
-    with use_backend("cpp"), pytest.raises(BackendError, match="x is float64: only eager computes in float64"):
+    with (
+        use_backend("cpp"),
+        pytest.raises(BackendError, match="x is float64: only eager computes in float64"),
+    ):
         residual_update(x, [x])
     with use_backend("eager"):
         assert residual_update(x, [x]).x.dtype is torch.float64
-    with pytest.raises(RuntimeError, match=r"features\[0\]: torch.float64 is computed by the eager backend only"):
+    with pytest.raises(
+        RuntimeError, match=r"features\[0\]: torch.float64 is computed by the eager backend only"
+    ):
         torch.ops.fastcache.residual_update(x.float(), [x])
 
 
@@ -160,7 +183,10 @@ def test_use_backend_restores_after_an_exception() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "", "Eager", "cpu", "naive"])
 def test_an_unknown_backend_is_refused_with_the_names_that_exist(name: str) -> None:
-    with pytest.raises(BackendError, match="use_backend: expected one of cpp, cuda, triton, eager, got"), use_backend(name):
+    with (
+        pytest.raises(BackendError, match="use_backend: expected one of cpp, cuda, triton, eager, got"),
+        use_backend(name),
+    ):
         pass
     assert backends.chosen_name(CPU) == FIRST
 
@@ -174,7 +200,12 @@ def test_an_unavailable_backend_is_refused_with_its_reason(name: str) -> None:
 
 @BUILT
 def test_a_backend_of_another_device_is_refused_by_name() -> None:
-    with use_backend("cpp"), pytest.raises(BackendError, match="backend 'cpp' was forced, but x is on cuda:0: it runs cuda, triton, eager"):
+    with (
+        use_backend("cpp"),
+        pytest.raises(
+            BackendError, match="backend 'cpp' was forced, but x is on cuda:0: it runs cuda, triton, eager"
+        ),
+    ):
         backends.choose(torch.device("cuda:0"), torch.float32)
 
 
@@ -209,7 +240,9 @@ def test_backends_agree_on_what_they_return() -> None:
     for form in FORMS.values():
         results = [build(form).run(backend) for backend in BACKENDS]
         for other in results[1:]:
-            assert [None if output is None else (output.shape, output.dtype) for output in other] == [None if output is None else (output.shape, output.dtype) for output in results[0]]
+            assert [None if output is None else (output.shape, output.dtype) for output in other] == [
+                None if output is None else (output.shape, output.dtype) for output in results[0]
+            ]
 
 
 # --- the environment --------------------------------------------------------------------------
@@ -219,11 +252,14 @@ NAME = "import torch, fastcache; print(fastcache.backends.chosen_name(torch.devi
 
 @pytest.mark.parametrize(("value", "expected"), [("eager", "eager"), (FIRST, FIRST), ("", FIRST)])
 def test_the_environment_forces_a_backend(value: str, expected: str) -> None:
-    assert succeeds(NAME, FASTCACHE_BACKEND=value, FASTCACHE_NO_COMPILED=os.environ.get("FASTCACHE_NO_COMPILED", "")).split() == [expected]
+    assert succeeds(
+        NAME, FASTCACHE_BACKEND=value, FASTCACHE_NO_COMPILED=os.environ.get("FASTCACHE_NO_COMPILED", "")
+    ).split() == [expected]
 
 
 def test_a_block_overrides_the_environment_and_threads_inherit_it() -> None:
-    succeeds(f"""
+    succeeds(
+        f"""
 import threading, torch, fastcache
 name = lambda: fastcache.backends.chosen_name(torch.device("cpu"))
 with fastcache.use_backend({FIRST!r}):
@@ -233,16 +269,23 @@ seen = []
 thread = threading.Thread(target=lambda: seen.append(name()))
 thread.start(); thread.join()
 assert seen == ["eager"], seen
-""", FASTCACHE_BACKEND="eager")
+""",
+        FASTCACHE_BACKEND="eager",
+    )
 
 
 def test_an_unknown_name_in_the_environment_is_an_error_at_import() -> None:
-    assert "BackendError: FASTCACHE_BACKEND: expected one of cpp, cuda, triton, eager, got 'fast'" in fails(NAME, FASTCACHE_BACKEND="fast")
+    assert "BackendError: FASTCACHE_BACKEND: expected one of cpp, cuda, triton, eager, got 'fast'" in fails(
+        NAME, FASTCACHE_BACKEND="fast"
+    )
 
 
 def test_an_unavailable_name_in_the_environment_is_an_error_with_its_reason() -> None:
     error = fails(NAME, FASTCACHE_BACKEND="cpp", FASTCACHE_NO_COMPILED="1")
-    assert "BackendError: FASTCACHE_BACKEND: backend 'cpp' cannot run here: switched off by FASTCACHE_NO_COMPILED=1" in error
+    assert (
+        "BackendError: FASTCACHE_BACKEND: backend 'cpp' cannot run here: switched off by"
+        " FASTCACHE_NO_COMPILED=1" in error
+    )
 
 
 @BUILT

@@ -2,6 +2,7 @@
 
 Builds happen in a copy of the sources, without optimisation and for one instruction set: fast.
 """
+
 import ctypes
 import os
 import re
@@ -22,7 +23,17 @@ from processes import ROOT, succeeds
 
 CPU = fastcache.backends.LIBRARIES["cpu"]
 FAST = "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DFASTCACHE_COMPILES_AVX2=OFF -DFASTCACHE_COMPILES_AVX512=OFF"
-SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md", "csrc", "kernels", "fastcache")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "csrc",
+    "kernels",
+    "fastcache",
+)
 SMOKE = """
 import torch, fastcache
 x = torch.randn(1, 3, 20)
@@ -36,18 +47,30 @@ needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) 
 
 
 def run(command: list[str], folder: Path = ROOT, **environment: str) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 def cmake() -> str:
-    return shutil.which("cmake", path=sysconfig.get_path("scripts")) or shutil.which("cmake") or pytest.skip("cmake is not installed")
+    return (
+        shutil.which("cmake", path=sysconfig.get_path("scripts"))
+        or shutil.which("cmake")
+        or pytest.skip("cmake is not installed")
+    )
 
 
 def undefined_symbols(path: Path) -> list[str]:
     """Names that a library expects from others, without their version."""
-    return [line.split()[-1].split("@")[0] for line in run(["nm", "-D", "--undefined-only", path]).splitlines()]
+    return [
+        line.split()[-1].split("@")[0] for line in run(["nm", "-D", "--undefined-only", path]).splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +79,12 @@ def sources(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(
+                ROOT / name,
+                folder / name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+            )
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / name)
     return folder
@@ -74,7 +102,9 @@ def test_the_library_names_the_schema_that_it_was_built_from():
 
 @compiled
 def test_the_build_facts_agree_with_the_library():
-    build_facts = pytest.importorskip("fastcache._C", reason="fastcache._C was not built: pybind11 was missing").build()
+    build_facts = pytest.importorskip(
+        "fastcache._C", reason="fastcache._C was not built: pybind11 was missing"
+    ).build()
     assert build_facts["schema_digest"] == library.schema_digest()
     assert library.cpu_capability(CPU) in build_facts["cpu_capabilities"]
     assert build_facts["torch"] and build_facts["compiler"]
@@ -86,7 +116,9 @@ def test_the_build_facts_agree_with_the_library():
 def test_the_library_uses_the_stable_interface_of_pytorch_only():
     names = undefined_symbols(CPU.path)
     assert any(name.startswith("aoti_torch_") for name in names)
-    unstable = [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)|_ZT[IVS]N(2at|3c10|5torch)", name)]
+    unstable = [
+        name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)|_ZT[IVS]N(2at|3c10|5torch)", name)
+    ]
     assert not unstable
 
 
@@ -94,8 +126,16 @@ def test_the_library_uses_the_stable_interface_of_pytorch_only():
 @needs_nm
 def test_the_library_exports_its_own_functions_only():
     names = {line.split()[-1] for line in run(["nm", "-D", "--defined-only", CPU.path]).splitlines()}
-    exported = {name for name in names if not name.startswith(("_edata", "_end", "__bss_start", "_init", "_fini", "_ZNSt", "_ZSt", "_ZZNSt"))}
-    assert exported == {"fastcache_schema_digest", "fastcache_cpu_capability", "fastcache_cpu_capability_error"}
+    exported = {
+        name
+        for name in names
+        if not name.startswith(("_edata", "_end", "__bss_start", "_init", "_fini", "_ZNSt", "_ZSt", "_ZZNSt"))
+    }
+    assert exported == {
+        "fastcache_schema_digest",
+        "fastcache_cpu_capability",
+        "fastcache_cpu_capability_error",
+    }
 
 
 @compiled
@@ -113,7 +153,21 @@ def test_kernels_share_no_inline_function_with_other_instruction_sets(capability
     march = {"avx512": "x86-64-v4", "avx2": "x86-64-v3"}[capability]
     compiler = shutil.which(os.environ.get("CXX", "c++")) or pytest.skip("no C++ compiler")
     source, compiled_file = ROOT / "csrc" / "cpu" / f"isa_{capability}.cpp", tmp_path / "kernels.o"
-    run([compiler, "-std=c++20", "-O0", f"-march={march}", "-w", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", "-c", source, "-o", compiled_file])
+    run(
+        [
+            compiler,
+            "-std=c++20",
+            "-O0",
+            f"-march={march}",
+            "-w",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{ROOT / 'csrc' / 'include'}",
+            "-c",
+            source,
+            "-o",
+            compiled_file,
+        ]
+    )
     shared = [line for line in run(["nm", "-C", compiled_file]).splitlines() if re.search(r" [WVu] ", line)]
     assert not shared, "the linker may merge these with copies for another instruction set"
 
@@ -122,7 +176,22 @@ def test_kernels_share_no_inline_function_with_other_instruction_sets(capability
 
 
 def test_a_wheel_holds_the_package_and_its_libraries_and_works_where_it_is_unpacked(sources, tmp_path):
-    run([sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", tmp_path, sources], CMAKE_ARGS=FAST, FASTCACHE_CUDA="0")
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "--no-index",
+            "-w",
+            tmp_path,
+            sources,
+        ],
+        CMAKE_ARGS=FAST,
+        FASTCACHE_CUDA="0",
+    )
     wheel = next(tmp_path.glob("fastcache_dit-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -146,7 +215,11 @@ def test_an_editable_install_works_from_anywhere(sources, tmp_path):
     python = environment / "bin" / "python"
     inner = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
     (inner / "outer.pth").write_text(sysconfig.get_path("purelib"))  # torch and the build tools
-    run([python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", sources], CMAKE_ARGS=FAST, FASTCACHE_CUDA="0")
+    run(
+        [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", sources],
+        CMAKE_ARGS=FAST,
+        FASTCACHE_CUDA="0",
+    )
     assert Path(run([python, "-c", SMOKE], tmp_path).strip()).is_relative_to(sources)
 
 
@@ -166,12 +239,26 @@ runpy.run_path("setup.py", run_name="__main__")
 
 @pytest.mark.parametrize("value", ["yes", "2"])
 def test_an_unknown_value_of_fastcache_cuda_is_refused(value, tmp_path):
-    done = subprocess.run([cmake(), "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", f"-DFASTCACHE_CUDA={value}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            cmake(),
+            "-S",
+            ROOT,
+            "-B",
+            tmp_path,
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFASTCACHE_CUDA={value}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert f"FASTCACHE_CUDA: expected 1, 0 or auto, got {value}" in done.stderr
 
 
 def test_the_build_says_what_it_skipped_and_why(tmp_path):
-    told = run([cmake(), "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", "-DFASTCACHE_CUDA=0"])
+    told = run(
+        [cmake(), "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", "-DFASTCACHE_CUDA=0"]
+    )
     assert "skipped the CUDA kernels: FASTCACHE_CUDA=0" in told
     assert f"torch {torch.__version__}" in told

@@ -1,4 +1,7 @@
-"""Calibration: the greedy scan, the search for a threshold, and errors measured on a model (spec sections 4.1 and 11)."""
+"""Calibration: the greedy scan, the search for a threshold, and errors measured on a model (spec sections 4.1
+and 11).
+"""
+
 import json
 import math
 
@@ -18,14 +21,26 @@ from fastcache.schedule import Branch, Layout
 from hosts import STEPS, foreign_dit, inputs, run, small_dit
 
 EXAMPLE = (
-    (.05, .05, .20, .05, .30, .05, .05, .30, .05),
-    (.09, .20, .20, .20, .30, .09, .20, .30),
-    (.12, .30, .30, .30, .30, .12, .30),
+    (0.05, 0.05, 0.20, 0.05, 0.30, 0.05, 0.05, 0.30, 0.05),
+    (0.09, 0.20, 0.20, 0.20, 0.30, 0.09, 0.20, 0.30),
+    (0.12, 0.30, 0.30, 0.30, 0.30, 0.12, 0.30),
 )
 
 
 def layout(depth: int = 2) -> Layout:
-    return Layout("DiT", 16, 32, 2, tuple(Branch(block, name, 100 if name == "attn" else 300) for block in range(depth) for name in ("attn", "mlp")), fixed_flops=1000, modulation_flops=50)
+    return Layout(
+        "DiT",
+        16,
+        32,
+        2,
+        tuple(
+            Branch(block, name, 100 if name == "attn" else 300)
+            for block in range(depth)
+            for name in ("attn", "mlp")
+        ),
+        fixed_flops=1000,
+        modulation_flops=50,
+    )
 
 
 def relative_error(newest: list[Tensor], earlier: list[Tensor]) -> Tensor:
@@ -36,13 +51,23 @@ def relative_error(newest: list[Tensor], earlier: list[Tensor]) -> Tensor:
 
 
 error = st.floats(0, 1) | st.sampled_from([0.0, math.nan, math.inf])
-rows = st.tuples(st.integers(2, 14), st.integers(1, 4)).flatmap(lambda shape: st.tuples(*(st.lists(error, min_size=max(0, shape[0] - 1 - j), max_size=max(0, shape[0] - 1 - j)).map(tuple) for j in range(shape[1]))))
+rows = st.tuples(st.integers(2, 14), st.integers(1, 4)).flatmap(
+    lambda shape: st.tuples(
+        *(
+            st.lists(error, min_size=max(0, shape[0] - 1 - j), max_size=max(0, shape[0] - 1 - j)).map(tuple)
+            for j in range(shape[1])
+        )
+    )
+)
 
 
 # -- the scan ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("threshold", "schedule"), [(.10, "1001010011"), (.12, "1000110001"), (.04, "1111111111"), (.50, "1000100011")])
+@pytest.mark.parametrize(
+    ("threshold", "schedule"),
+    [(0.10, "1001010011"), (0.12, "1000110001"), (0.04, "1111111111"), (0.50, "1000100011")],
+)
 def test_the_scan_of_ten_steps_is_the_originals(threshold: float, schedule: str) -> None:
     assert "".join(map(str, greedy_schedule(EXAMPLE, threshold))) == schedule
 
@@ -66,7 +91,11 @@ def test_every_run_of_reuses_was_allowed_by_the_error_at_its_far_end(errors, thr
         skips = following - i - 1
         # a run that ends at the last step was longer by the one that must compute
         allowed = [skips, skips + 1] if following == T - 1 else [skips]
-        assert skips == 0 or any(j and i < len(errors[j - 1]) and errors[j - 1][i] <= threshold for j in allowed if j <= len(errors))
+        assert skips == 0 or any(
+            j and i < len(errors[j - 1]) and errors[j - 1][i] <= threshold
+            for j in allowed
+            if j <= len(errors)
+        )
 
 
 @settings(deadline=None)
@@ -76,10 +105,10 @@ def test_a_negative_threshold_and_nan_errors_reuse_nothing(errors) -> None:
     assert all(greedy_schedule([[math.nan] * len(row) for row in errors], 1.0))
 
 
-@pytest.mark.parametrize("errors", [[], [[.1, .2], [.1, .2]], [[.1, .2], []]])
+@pytest.mark.parametrize("errors", [[], [[0.1, 0.2], [0.1, 0.2]], [[0.1, 0.2], []]])
 def test_rows_of_wrong_lengths_are_named(errors) -> None:
     with pytest.raises(ValueError, match="errors"):
-        greedy_schedule(errors, .1)
+        greedy_schedule(errors, 0.1)
 
 
 # -- curves -------------------------------------------------------------------------------------------
@@ -87,21 +116,28 @@ def test_rows_of_wrong_lengths_are_named(errors) -> None:
 
 def curves(scale: float = 1.0, samples: int = 1) -> ErrorCurves:
     """Branches 0..3 = attn 0, mlp 0, attn 1, mlp 1; block 1's errors are three times block 0's."""
+
     def times(factor: float):
         return tuple(tuple(factor * value for value in row) for row in EXAMPLE)
 
-    return ErrorCurves(layout(), (times(scale * 0.5), times(scale), times(scale * 1.5), times(scale * 3)), samples)
+    return ErrorCurves(
+        layout(), (times(scale * 0.5), times(scale), times(scale * 1.5), times(scale * 3)), samples
+    )
 
 
 def test_branches_of_one_name_share_the_schedule_of_their_mean_error() -> None:
-    published = curves().published(.10)
+    published = curves().published(0.10)
     assert [key for key, _ in published.entries] == ["attn", "mlp"]
-    assert "".join(map(str, published.flags("attn", 0))) == "1001010011"  # the mean of 0.5 and 1.5 times the example
-    assert published.flags("mlp", 1) == tuple(greedy_schedule([[2 * value for value in row] for row in EXAMPLE], .10))
+    assert (
+        "".join(map(str, published.flags("attn", 0))) == "1001010011"
+    )  # the mean of 0.5 and 1.5 times the example
+    assert published.flags("mlp", 1) == tuple(
+        greedy_schedule([[2 * value for value in row] for row in EXAMPLE], 0.10)
+    )
 
 
 def test_per_layer_schedules_are_indexed() -> None:
-    published = curves().published(.10, per_layer=True)
+    published = curves().published(0.10, per_layer=True)
     assert [key for key, _ in published.entries] == ["attn-0", "mlp-0", "attn-1", "mlp-1"]
     assert published.flags("attn", 0) != published.flags("attn", 1)
     assert SmoothCache(published).schedule(10, layout()).num_steps == 10
@@ -116,22 +152,32 @@ def test_the_threshold_for_a_speedup_is_the_smallest_that_reaches_it(per_layer: 
         return SmoothCache(curves().published(threshold, per_layer)).schedule(10, layout()).ideal_speedup()
 
     assert speedup(found) >= target
-    candidates = sorted({value for rows in curves().keyed(per_layer).values() for row in rows for value in row})
+    candidates = sorted(
+        {value for rows in curves().keyed(per_layer).values() for row in rows for value in row}
+    )
     assert found in candidates and all(speedup(value) < target for value in candidates if value < found)
 
 
 def test_a_larger_threshold_may_compute_more_and_the_search_knows() -> None:
-    errors = ((.2, .9, .9, .9, .9), (.2, .1, .2, .9), (.9, .1, .1))
-    assert (sum(greedy_schedule(errors, .1)), sum(greedy_schedule(errors, .2))) == (3, 4)  # only the farthest error is tested
+    errors = ((0.2, 0.9, 0.9, 0.9, 0.9), (0.2, 0.1, 0.2, 0.9), (0.9, 0.1, 0.1))
+    assert (sum(greedy_schedule(errors, 0.1)), sum(greedy_schedule(errors, 0.2))) == (
+        3,
+        4,
+    )  # only the farthest error is tested
     found = ErrorCurves(layout(1), (errors, errors))
-    assert found.threshold_for(1.6) == .1
+    assert found.threshold_for(1.6) == 0.1
     with pytest.raises(ScheduleError, match=r"at most 1\..* \(threshold 0.1\)"):
         found.threshold_for(3.0)
 
 
 def test_a_speedup_out_of_reach_names_what_is_within() -> None:
-    best = max(SmoothCache(curves().published(value)).schedule(10, layout()).ideal_speedup() for value in (.1, .2, .3, .6, 1.0))
-    with pytest.raises(ScheduleError, match=rf"100 is out of reach with a look-ahead of 3; at most {best:.2f}"):
+    best = max(
+        SmoothCache(curves().published(value)).schedule(10, layout()).ideal_speedup()
+        for value in (0.1, 0.2, 0.3, 0.6, 1.0)
+    )
+    with pytest.raises(
+        ScheduleError, match=rf"100 is out of reach with a look-ahead of 3; at most {best:.2f}"
+    ):
         curves().threshold_for(100)
 
 
@@ -146,11 +192,22 @@ def test_a_bad_target_is_named(target: float) -> None:
 
 
 def test_a_saved_calibration_has_a_fingerprint_and_is_checked_on_load(tmp_path) -> None:
-    found = Calibration(curves(), .10, scheduler="ddim")
+    found = Calibration(curves(), 0.10, scheduler="ddim")
     found.save(tmp_path / "s.json")
     written = json.loads((tmp_path / "s.json").read_text())
-    assert written[FINGERPRINT] == {"family": "DiT", "layers": 2, "names": ["attn", "mlp"], "num_steps": 10, "scheduler": "ddim", "threshold": .10, "lookahead": 3, "version": fastcache.__version__}
-    assert {key: value for key, value in written.items() if key != FINGERPRINT} == found.schedule().to_smoothcache()
+    assert written[FINGERPRINT] == {
+        "family": "DiT",
+        "layers": 2,
+        "names": ["attn", "mlp"],
+        "num_steps": 10,
+        "scheduler": "ddim",
+        "threshold": 0.10,
+        "lookahead": 3,
+        "version": fastcache.__version__,
+    }
+    assert {
+        key: value for key, value in written.items() if key != FINGERPRINT
+    } == found.schedule().to_smoothcache()
     policy = SmoothCache.load(tmp_path / "s.json", scheduler="ddim")
     assert policy == found.policy() and policy.schedule(10, layout()).steps == found.schedule().steps
     with pytest.raises(ScheduleError, match="layers 2, used with 3"):
@@ -160,7 +217,7 @@ def test_a_saved_calibration_has_a_fingerprint_and_is_checked_on_load(tmp_path) 
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_calibration_is_drawn(tmp_path, per_layer: bool) -> None:
     pytest.importorskip("matplotlib")
-    Calibration(curves(), .10, per_layer).draw(tmp_path / "c.png")
+    Calibration(curves(), 0.10, per_layer).draw(tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 0
 
 
@@ -200,7 +257,12 @@ def test_observed_errors_are_the_published_ones_averaged_over_runs(runs: int, K:
 def test_one_operator_call_a_step_and_none_at_the_first() -> None:
     calls = []
     features = torch.randn(5, 2, 1, 4, 2)
-    observer = ErrorObserver(layout(1), 5, 3, lambda newest, earlier: calls.append((len(newest), len(earlier))) or relative_error(newest, earlier))
+    observer = ErrorObserver(
+        layout(1),
+        5,
+        3,
+        lambda newest, earlier: calls.append((len(newest), len(earlier))) or relative_error(newest, earlier),
+    )
     history: list[list[Tensor]] = [[], []]
     for step in range(5):
         for kept, feature in zip(history, features[step]):
@@ -233,7 +295,11 @@ def test_the_observer_uses_the_operator_by_default() -> None:
         observer(step, 0, [[features[0, s, branch] for s in range(step, -1, -1)][:3] for branch in range(2)])
     observer.end_run()
     found = observer.curves()
-    assert all(a == pytest.approx(b, rel=1e-5) for one, other in zip(found.errors, expected.errors) for a, b in zip(one, other))
+    assert all(
+        a == pytest.approx(b, rel=1e-5)
+        for one, other in zip(found.errors, expected.errors)
+        for a, b in zip(one, other)
+    )
 
 
 def test_runs_of_another_length_and_missing_features_are_errors() -> None:
@@ -256,14 +322,19 @@ def test_runs_of_another_length_and_missing_features_are_errors() -> None:
 class StandIn:
     """A session that only observes: hooks on the branch bodies and on the final layer."""
 
-    def __init__(self, model, schedule, num_steps, *, observer, history, calls_per_step, count_ops, host) -> None:
+    def __init__(
+        self, model, schedule, num_steps, *, observer, history, calls_per_step, count_ops, host
+    ) -> None:
         assert schedule.uncached and schedule.num_steps == num_steps
         self.model, self.observer, self.steps, self.hooks, self.step = model, observer, num_steps, [], 0
         self.history: list[list[Tensor]] = [[] for _ in schedule.layout.branches]
 
     def __enter__(self):
         bodies = [body for block in self.model.blocks for body in (block.attn, block.mlp)]
-        self.hooks = [body.register_forward_hook(lambda _m, _a, out, kept=kept: kept.insert(0, out)) for body, kept in zip(bodies, self.history)]
+        self.hooks = [
+            body.register_forward_hook(lambda _m, _a, out, kept=kept: kept.insert(0, out))
+            for body, kept in zip(bodies, self.history)
+        ]
         self.hooks.append(self.model.final_layer.register_forward_hook(self.after))
         return self
 
@@ -298,16 +369,26 @@ def shifted_run(model):
 @pytest.mark.parametrize("samples", [1, 3])
 def test_calibrate_measures_a_model(session, samples: int) -> None:
     model, outputs = small_dit(), []
-    found = fastcache.calibrate(model, shifted_run(model), threshold=0.8, num_steps=STEPS, samples=samples, scheduler="ddim")
+    found = fastcache.calibrate(
+        model, shifted_run(model), threshold=0.8, num_steps=STEPS, samples=samples, scheduler="ddim"
+    )
     for sample in range(samples):
         kept: list[Tensor] = []
         hook = model.blocks[1].mlp.register_forward_hook(lambda _m, _a, out: kept.append(out.double()))
         shifted_run(model)(sample)
         hook.remove()
         outputs.append(kept)
-    E1 = [sum(float((kept[i] - kept[i + 2]).abs().sum() / kept[i + 2].abs().sum()) for kept in outputs) / samples for i in range(STEPS - 2)]
+    E1 = [
+        sum(float((kept[i] - kept[i + 2]).abs().sum() / kept[i + 2].abs().sum()) for kept in outputs)
+        / samples
+        for i in range(STEPS - 2)
+    ]
     assert found.curves.errors[3][1] == pytest.approx(E1, rel=1e-4)
-    assert found.curves.samples == samples and found.curves.lookahead == 3 and found.published.fingerprint.scheduler == "ddim"
+    assert (
+        found.curves.samples == samples
+        and found.curves.lookahead == 3
+        and found.published.fingerprint.scheduler == "ddim"
+    )
     assert [(branch.block, branch.name) for branch in found.curves.layout.branches][3] == (1, "mlp")
     with torch.no_grad(), fastcache.accelerate(model, found.policy(), STEPS) as running:
         run(model)
@@ -317,7 +398,9 @@ def test_calibrate_measures_a_model(session, samples: int) -> None:
 def test_calibrate_reaches_a_target(session) -> None:
     model = small_dit()
     for per_layer in (False, True):
-        found = fastcache.calibrate(model, shifted_run(model), target_speedup=1.5, num_steps=STEPS, per_layer=per_layer)
+        found = fastcache.calibrate(
+            model, shifted_run(model), target_speedup=1.5, num_steps=STEPS, per_layer=per_layer
+        )
         assert found.schedule().ideal_speedup() >= 1.5
     with pytest.raises(ScheduleError, match="out of reach"):
         fastcache.calibrate(model, shifted_run(model), target_speedup=50.0, num_steps=STEPS)
@@ -334,17 +417,25 @@ def test_a_host_without_a_token_count_is_measured_with_that_of_its_features(sess
 def test_calibrate_refuses_runs_of_another_length(session) -> None:
     model = small_dit()
     with pytest.raises(SessionError, match="num_steps"):
-        fastcache.calibrate(model, lambda sample: run(model, STEPS - 2), threshold=.1, num_steps=STEPS)
+        fastcache.calibrate(model, lambda sample: run(model, STEPS - 2), threshold=0.1, num_steps=STEPS)
     with pytest.raises(SessionError, match="num_steps|no run"):
-        fastcache.calibrate(model, lambda sample: None, threshold=.1, num_steps=STEPS)
+        fastcache.calibrate(model, lambda sample: None, threshold=0.1, num_steps=STEPS)
     with torch.no_grad(), fastcache.accelerate(model, FORA(2), STEPS):
         run(model)  # the model was given back
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({}, "exactly one"), ({"threshold": .1, "target_speedup": 2.0}, "exactly one"), ({"threshold": -.1}, "threshold"), ({"threshold": .1, "lookahead": 0}, "lookahead"),
-    ({"threshold": .1, "samples": 0}, "samples"), ({"threshold": .1, "num_steps": 1}, "num_steps"), ({"threshold": .1, "num_steps": 2.0}, "num_steps"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one"),
+        ({"threshold": 0.1, "target_speedup": 2.0}, "exactly one"),
+        ({"threshold": -0.1}, "threshold"),
+        ({"threshold": 0.1, "lookahead": 0}, "lookahead"),
+        ({"threshold": 0.1, "samples": 0}, "samples"),
+        ({"threshold": 0.1, "num_steps": 1}, "num_steps"),
+        ({"threshold": 0.1, "num_steps": 2.0}, "num_steps"),
+    ],
+)
 def test_a_bad_argument_is_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastcache.calibrate(small_dit(), lambda sample: None, **{"num_steps": STEPS, **arguments})
@@ -365,18 +456,47 @@ def test_the_command_writes_a_schedule_and_a_picture(session, tmp_path) -> None:
     for block in model.blocks:
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
     write_checkpoint(tmp_path / "tiny.safetensors", Checkpoint(model.state_dict(), model.config, {}))
-    common = ["--checkpoint", tmp_path / "tiny.safetensors", "--num-heads", 2, "--classes", "0-1", "--steps", 6]
+    common = [
+        "--checkpoint",
+        tmp_path / "tiny.safetensors",
+        "--num-heads",
+        2,
+        "--classes",
+        "0-1",
+        "--steps",
+        6,
+    ]
 
     def invoke(*arguments: object):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     out = tmp_path / "made" / "s.json"
-    result = invoke("calibrate", "--out", out, "--draw", tmp_path / "c.png", "--target-speedup", 1.3, "--samples", 2, *common)
+    result = invoke(
+        "calibrate",
+        "--out",
+        out,
+        "--draw",
+        tmp_path / "c.png",
+        "--target-speedup",
+        1.3,
+        "--samples",
+        2,
+        *common,
+    )
     assert result.exit_code == 0, result.output
     assert "ideal speedup" in result.output and (tmp_path / "c.png").exists()
     made = SmoothCache.load(out, scheduler="ddim").published.fingerprint
     assert (made.num_steps, made.layers, made.scheduler) == (6, 2, "ddim")
-    result = invoke("sample", "--out", tmp_path / "pictures", "--policy", "smoothcache", "--set", f"schedule={out}", *common)
+    result = invoke(
+        "sample",
+        "--out",
+        tmp_path / "pictures",
+        "--policy",
+        "smoothcache",
+        "--set",
+        f"schedule={out}",
+        *common,
+    )
     assert result.exit_code == 0 and "SmoothCache" in result.output, result.output
     result = invoke("calibrate", "--out", out, *common)
     assert result.exit_code == 2 and "exactly one" in result.output

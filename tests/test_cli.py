@@ -1,4 +1,5 @@
 """The command line: what each command writes, and what it says when an option is wrong."""
+
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,19 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_plan_counts_steps_and_writes_what_it_drew_and_saved(tmp_path):
-    output = run("plan", "--policy", "fora", "--set", "interval=5", "--steps", 50, "--draw", tmp_path / "p.png", "--save", tmp_path / "p.json")
+    output = run(
+        "plan",
+        "--policy",
+        "fora",
+        "--set",
+        "interval=5",
+        "--steps",
+        50,
+        "--draw",
+        tmp_path / "p.png",
+        "--save",
+        tmp_path / "p.json",
+    )
     assert "FORA(interval=5) on DiT-XL/2, 50 steps" in output
     schedule = Schedule.load(tmp_path / "p.json")
     assert schedule.kinds() == {"full": 11, "reuse": 39}
@@ -58,10 +71,26 @@ def test_plan_counts_steps_and_writes_what_it_drew_and_saved(tmp_path):
 
 
 def test_plan_shows_tokens_by_step_and_the_authors_flops(tmp_path):
-    output = run("plan", "--policy", "toca", "--set", "fresh_threshold=3", "--set", "reproduce_reference=true", "--steps", 50, "--draw", tmp_path / "p.png")
+    output = run(
+        "plan",
+        "--policy",
+        "toca",
+        "--set",
+        "fresh_threshold=3",
+        "--set",
+        "reproduce_reference=true",
+        "--steps",
+        50,
+        "--draw",
+        tmp_path / "p.png",
+    )
     assert "10,232,809,588,736 FLOPs by the authors' own formula" in output
     lines = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in output.splitlines()]
-    assert ["12", "partial", "1-2"] in lines and ["17", "mixed", "16-23"] in lines and ["48", "partial", "104-156"] in lines
+    assert (
+        ["12", "partial", "1-2"] in lines
+        and ["17", "mixed", "16-23"] in lines
+        and ["48", "partial", "104-156"] in lines
+    )
     assert ["1-3, 6-8, 10-11", "partial", "0"] in lines
     assert "skip" in run("plan", "--policy", "duca", "--model", "glyphs")
     assert "refreshed of" not in run("plan", "--policy", "fora")
@@ -79,8 +108,14 @@ def test_plan_knows_the_glyph_model():
         (["--set", "interval"], "--set: expected field=value"),
         (["--set", "interval=0"], "--set: interval: expected a whole number >= 1"),
         (["--set", "interval=x"], "--set: interval: expected a whole number >= 1"),
-        (["--policy", "toca", "--set", "ratio_scheduler=ToCa"], "--set: ratio_scheduler: expected one of constant"),
-        (["--policy", "duca", "--input-size", 30], "--set: layout.tokens: the spatial bonus on DiT needs a square grid"),
+        (
+            ["--policy", "toca", "--set", "ratio_scheduler=ToCa"],
+            "--set: ratio_scheduler: expected one of constant",
+        ),
+        (
+            ["--policy", "duca", "--input-size", 30],
+            "--set: layout.tokens: the spatial bonus on DiT needs a square grid",
+        ),
         (["--model", "DiT-H/2"], "--model: expected glyphs or one of DiT-S/2"),
     ],
 )
@@ -90,7 +125,21 @@ def test_plan_refuses_what_it_does_not_know(arguments, message):
 
 def test_sample_writes_a_picture_for_each_class_and_resumes(tmp_path, checkpoint):
     out = tmp_path / "out"
-    options = ["sample", "--checkpoint", checkpoint, "--classes", "0,2-3", "--steps", 4, "--out", out, "--policy", "fora", "--set", "interval=2"]
+    options = [
+        "sample",
+        "--checkpoint",
+        checkpoint,
+        "--classes",
+        "0,2-3",
+        "--steps",
+        4,
+        "--out",
+        out,
+        "--policy",
+        "fora",
+        "--set",
+        "interval=2",
+    ]
     assert "3 pictures made, 0 were there" in run(*options).replace("\n", " ")
     names = ["00000-class-0.png", "00001-class-2.png", "00002-class-3.png"]
     assert sorted(path.name for path in out.glob("*.png")) == names
@@ -113,10 +162,25 @@ def test_sample_decodes_latents_with_the_vae_that_is_named(tmp_path):
     model = DiT(8, 4, 4, hidden_size=32, depth=1, num_heads=2, num_classes=5)
     torch.save({"ema": model.state_dict()}, tmp_path / "latent.pt")
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32), latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        latent_channels=4,
+        norm_num_groups=8,
     ).save_pretrained(tmp_path / "vae")
-    options = ["sample", "--checkpoint", tmp_path / "latent.pt", "--num-heads", 2, "--classes", 1, "--steps", 2, "--out", tmp_path / "out"]
+    options = [
+        "sample",
+        "--checkpoint",
+        tmp_path / "latent.pt",
+        "--num-heads",
+        2,
+        "--classes",
+        1,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "out",
+    ]
     assert "--vae: this model makes latents of 4 channels" in refused(*options)
     run(*options, "--vae", tmp_path / "vae")
     assert Image.open(tmp_path / "out" / "00000-class-1.png").size == (16, 16)
@@ -139,7 +203,12 @@ def test_sample_refuses_what_it_does_not_know(tmp_path, checkpoint, arguments, m
 def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("fastcache.workshop.studies.demo.PICTURES", range(6))
     report = run_demo(tmp_path, rounds=1, sampler=Sampler(steps=8, batch_size=3))
-    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "steps.png", "tokens.png", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "grid.png",
+        "steps.png",
+        "tokens.png",
+        "report.json",
+    }
     written = json.loads((tmp_path / "report.json").read_text())
     assert [row["setting"] for row in written["rows"]] == [setting.name for setting in SETTINGS]
     uncached, *cached = report.rows
@@ -150,8 +219,16 @@ def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
         assert row.feature_bytes > 0 and row.psnr_db > 10
         assert row.quotient == pytest.approx(row.speedup / row.ideal_speedup)
     steps = {row.setting: row.steps for row in cached}
-    assert {"full", "partial", "skip"} == set(steps["DuCa interval 3"]) and "partial" in steps["ToCa interval 3"] and "forecast" in steps["TaylorSeer interval 5"]
-    for name, kind in (("FORA interval 3", "reuse"), ("DuCa interval 3", "skip"), ("TaylorSeer interval 5", "forecast")):
+    assert (
+        {"full", "partial", "skip"} == set(steps["DuCa interval 3"])
+        and "partial" in steps["ToCa interval 3"]
+        and "forecast" in steps["TaylorSeer interval 5"]
+    )
+    for name, kind in (
+        ("FORA interval 3", "reuse"),
+        ("DuCa interval 3", "skip"),
+        ("TaylorSeer interval 5", "forecast"),
+    ):
         assert steps[name][kind].ops < steps[name]["full"].ops
 
 
@@ -161,7 +238,9 @@ def test_quality_keeps_the_pictures_of_finished_settings(tmp_path, monkeypatch):
     sampler = Sampler(steps=5, batch_size=36)
     first = run_quality(tmp_path, per_class=2, sampler=sampler)
     calls = []
-    monkeypatch.setattr("fastcache.workshop.studies.comparison.sample", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr(
+        "fastcache.workshop.studies.comparison.sample", lambda *args, **options: calls.append(args)
+    )
     second = run_quality(tmp_path, per_class=2, sampler=sampler)
     assert calls == []
     for row, again in zip(first.rows, second.rows, strict=True):
@@ -181,7 +260,9 @@ def test_a_policy_on_the_command_line_is_the_policy_of_the_library():
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    for module in [name for name in sys.modules if name.startswith("fastcache.cli.") and name != "fastcache.cli.main"]:
+    for module in [
+        name for name in sys.modules if name.startswith("fastcache.cli.") and name != "fastcache.cli.main"
+    ]:
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(SystemExit, match=r"pip install 'fastcache-dit\[demo\]'"):
         fastcache.cli.main.main()
@@ -190,7 +271,9 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(monkeypatch)
 # --- doctor -------------------------------------------------------------------------------------
 
 
-def test_doctor_says_which_backend_runs_each_operator_and_why_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_which_backend_runs_each_operator_and_why_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     lines = run("doctor").splitlines()
     for operator in backends.library.OPERATORS:
@@ -208,5 +291,7 @@ def test_every_operator_has_a_form_that_doctor_verifies() -> None:
 
 def test_verification_passes_here_and_says_nothing_of_backends_without_a_kernel() -> None:
     verdicts = list(verify(torch.device("cpu")))
-    assert verdicts and all(verdict.passed for verdict in verdicts), [verdict for verdict in verdicts if not verdict.passed]
+    assert verdicts and all(verdict.passed for verdict in verdicts), [
+        verdict for verdict in verdicts if not verdict.passed
+    ]
     assert all(verdict.operator in backends.IMPLEMENTS[verdict.backend] for verdict in verdicts)

@@ -1,4 +1,7 @@
-"""SmoothCache's calibration helpers: published errors, averaged, and a schedule that everyone reads (spec section 4.1)."""
+"""SmoothCache's calibration helpers: published errors, averaged, and a schedule that everyone reads (spec
+section 4.1).
+"""
+
 import json
 
 import pytest
@@ -15,11 +18,19 @@ from component_model import STEPS, Block, Model, call_tiny, generation, model, t
 
 def rows_by_definition(outputs: list[list[list[Tensor]]], K: int) -> list[list[float]]:
     """outputs[run][block][step]."""
+
     def error(a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().sum() / b.abs().sum())
 
     T = len(outputs[0][0])
-    return [[sum(error(block[i], block[i + j + 1]) for run in outputs for block in run) / (len(outputs) * len(outputs[0])) for i in range(T - 1 - j)] for j in range(K)]
+    return [
+        [
+            sum(error(block[i], block[i + j + 1]) for run in outputs for block in run)
+            / (len(outputs) * len(outputs[0]))
+            for i in range(T - 1 - j)
+        ]
+        for j in range(K)
+    ]
 
 
 def measured(host: Model, shifts: list[float]) -> list[list[list[Tensor]]]:
@@ -27,7 +38,10 @@ def measured(host: Model, shifts: list[float]) -> list[list[list[Tensor]]]:
     found = []
     for shift in shifts:
         run = [[] for _ in host.blocks]
-        hooks = [block.attn.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out.clone())) for block, kept in zip(host.blocks, run)]
+        hooks = [
+            block.attn.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out.clone()))
+            for block, kept in zip(host.blocks, run)
+        ]
         for step in range(STEPS):
             host(x_of(step) + shift)
         for hook in hooks:
@@ -38,7 +52,9 @@ def measured(host: Model, shifts: list[float]) -> list[list[list[Tensor]]]:
 
 @pytest.mark.parametrize("shifts", [[0.0], [0.0, 0.5, 1.0]], ids=["one-run", "three-runs"])
 @torch.no_grad()
-def test_calibration_averages_the_published_errors_over_blocks_and_runs(tmp_path, shifts: list[float]) -> None:
+def test_calibration_averages_the_published_errors_over_blocks_and_runs(
+    tmp_path, shifts: list[float]
+) -> None:
     host = model()
     calibration = CalibrationHelper(host, Block, ["attn"], 3, 0.6, STEPS, tmp_path / "s.json")
     calibration.enable()
@@ -49,7 +65,11 @@ def test_calibration_averages_the_published_errors_over_blocks_and_runs(tmp_path
     calibration.disable()
     rows = rows_by_definition(measured(host, shifts), 3)
     assert [len(row) for row in calibration.errors["attn"]] == [5, 4, 3]
-    assert all(a == pytest.approx(b, rel=1e-5) for found, row in zip(calibration.errors["attn"], rows) for a, b in zip(found, row))
+    assert all(
+        a == pytest.approx(b, rel=1e-5)
+        for found, row in zip(calibration.errors["attn"], rows)
+        for a, b in zip(found, row)
+    )
     assert all("forward" not in vars(module) for module in host.modules())
     assert json.loads((tmp_path / "s.json").read_text()) == calibration.schedule
 
@@ -57,7 +77,13 @@ def test_calibration_averages_the_published_errors_over_blocks_and_runs(tmp_path
 @torch.no_grad()
 def test_what_calibration_wrote_is_read_by_helper_policy_and_the_originals_lookup(tmp_path) -> None:
     host = tiny_diffusers_dit()
-    calibration = DiffuserCalibrationHelper(host, calibration_lookahead=2, calibration_threshold=10.0, schedule_length=STEPS, log_file=tmp_path / "s.json")
+    calibration = DiffuserCalibrationHelper(
+        host,
+        calibration_lookahead=2,
+        calibration_threshold=10.0,
+        schedule_length=STEPS,
+        log_file=tmp_path / "s.json",
+    )
     calibration.enable()
     for step in range(STEPS):
         call_tiny(host, step)
@@ -96,10 +122,15 @@ def test_a_calibration_of_another_length_is_an_error_and_writes_nothing(tmp_path
     generation(host, steps=steps)
     with pytest.raises(SessionError, match="schedule_length: expected runs of 6"):
         calibration.disable()
-    assert not (tmp_path / "s.json").exists() and all("forward" not in vars(module) for module in host.modules())
+    assert not (tmp_path / "s.json").exists() and all(
+        "forward" not in vars(module) for module in host.modules()
+    )
 
 
-@pytest.mark.parametrize(("field", "value"), [("calibration_lookahead", 0), ("schedule_length", 0), ("calibration_threshold", -1.0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("calibration_lookahead", 0), ("schedule_length", 0), ("calibration_threshold", -1.0)],
+)
 def test_a_bad_calibration_argument_is_named(field: str, value) -> None:
     with pytest.raises(ValueError, match=field):
         CalibrationHelper(model(), Block, ["attn"], **{field: value})

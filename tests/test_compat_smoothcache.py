@@ -1,4 +1,7 @@
-"""SmoothCache's helpers by their own names: recorded outputs of the originals, and the originals' faults of lifecycle (spec section 4.3)."""
+"""SmoothCache's helpers by their own names: recorded outputs of the originals, and the originals' faults of
+lifecycle (spec section 4.3).
+"""
+
 import json
 import logging
 
@@ -27,7 +30,9 @@ def helper(host: Model, schedule: dict | None = None, **options) -> SmoothCacheH
 
 
 def expected(host: Model, flags: dict[str, list[int]], batch: int = 2) -> list[Tensor]:
-    """The definition: a component's output is the stored one where its list (by name-block, or name) says 0."""
+    """The definition: a component's output is the stored one where its list (by name-block, or name) says
+    0.
+    """
     stored, outputs = {}, []
     for step in range(STEPS):
         x = x_of(step, batch)
@@ -55,11 +60,18 @@ def test_diffusers_dit_equals_the_original_at_every_step_and_in_a_second_generat
     host = fill_model(DiTTransformer2DModel(**config["arch"])).eval()
     with DiffuserCacheHelper(host, config["schedule"]):
         for _ in range(2):
-            found = [host(x, timestep=t, class_labels=tensors["class_labels"], return_dict=False)[0] for x, t in zip(tensors["x_in"], tensors["t"])]
+            found = [
+                host(x, timestep=t, class_labels=tensors["class_labels"], return_dict=False)[0]
+                for x, t in zip(tensors["x_in"], tensors["t"])
+            ]
             errors = [relative_error(a[:, :4], b) for a, b in zip(found, tensors["model_out"], strict=True)]
             assert max(errors) < TOLERANCE, errors
-    plain = host(tensors["x_in"][1], timestep=tensors["t"][1], class_labels=tensors["class_labels"], return_dict=False)[0]
-    assert relative_error(plain[:, :4], tensors["model_out"][1]) > 10 * TOLERANCE  # step 1 reuses: the check can fail
+    plain = host(
+        tensors["x_in"][1], timestep=tensors["t"][1], class_labels=tensors["class_labels"], return_dict=False
+    )[0]
+    assert (
+        relative_error(plain[:, :4], tensors["model_out"][1]) > 10 * TOLERANCE
+    )  # step 1 reuses: the check can fail
 
 
 @torch.no_grad()
@@ -67,13 +79,26 @@ def test_stable_audio_equals_the_original_at_every_step() -> None:
     tensors, config = golden("smooth_audio")
     host = fill_model(StableAudioDiTModel(**config["arch"])).eval()
     rotary = (tensors["rotary_cos"], tensors["rotary_sin"])
-    inputs = {"encoder_hidden_states": tensors["encoder_hidden_states"], "global_hidden_states": tensors["global_hidden_states"], "rotary_embedding": rotary, "return_dict": False}
+    inputs = {
+        "encoder_hidden_states": tensors["encoder_hidden_states"],
+        "global_hidden_states": tensors["global_hidden_states"],
+        "rotary_embedding": rotary,
+        "return_dict": False,
+    }
     with SmoothCacheHelper(host, StableAudioDiTBlock, config["components"], config["schedule"]):
         found = [host(x, t, **inputs)[0] for x, t in zip(tensors["x_in"], tensors["t"])]
     errors = [relative_error(a, b) for a, b in zip(found, tensors["model_out"], strict=True)]
     assert max(errors) < TOLERANCE, errors
-    assert max(relative_error(a, b) for a, b in zip(tensors["model_out_uncached"], tensors["model_out"])) > 10 * TOLERANCE
-    assert relative_error(host(tensors["x_in"][5], tensors["t"][5], **inputs)[0], tensors["model_out_uncached"][5]) < TOLERANCE
+    assert (
+        max(relative_error(a, b) for a, b in zip(tensors["model_out_uncached"], tensors["model_out"]))
+        > 10 * TOLERANCE
+    )
+    assert (
+        relative_error(
+            host(tensors["x_in"][5], tensors["t"][5], **inputs)[0], tensors["model_out_uncached"][5]
+        )
+        < TOLERANCE
+    )
 
 
 @torch.no_grad()
@@ -81,8 +106,14 @@ def test_a_dit_runs_on_the_engine_and_equals_the_original() -> None:
     host, case = golden_model(), load_case("dit_smoothcache_018")
     cache = DiTCacheHelper(host, case.config["schedule"])
     cache.enable()
-    errors = [relative_error(host.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out) for call in case.calls()]
-    assert {kind: row.count for kind, row in cache.session.summary().steps.items()} == {"full": 24, "reuse": 26}
+    errors = [
+        relative_error(host.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out)
+        for call in case.calls()
+    ]
+    assert {kind: row.count for kind, row in cache.session.summary().steps.items()} == {
+        "full": 24,
+        "reuse": 26,
+    }
     cache.disable()
     assert max(errors) < TOLERANCE, errors
     assert "forward" not in vars(host) and not any("forward" in vars(block) for block in host.blocks)
@@ -117,9 +148,17 @@ def test_a_dit_that_the_engine_does_not_know_has_its_components_wrapped() -> Non
 # -- caching -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [
-    {"attn": SCHEDULE}, {"attn": SCHEDULE, "mlp": [1, 1, 0, 0, 0, 1]}, {"attn": SCHEDULE, "attn-1": [1, 1, 0, 1, 0, 1]}, {"mlp-0": SCHEDULE}, {"attn": [0, 0, 1, 0, 1, 0]},
-], ids=["one", "two", "indexed-wins", "indexed-only", "zero-first"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"attn": SCHEDULE},
+        {"attn": SCHEDULE, "mlp": [1, 1, 0, 0, 0, 1]},
+        {"attn": SCHEDULE, "attn-1": [1, 1, 0, 1, 0, 1]},
+        {"mlp-0": SCHEDULE},
+        {"attn": [0, 0, 1, 0, 1, 0]},
+    ],
+    ids=["one", "two", "indexed-wins", "indexed-only", "zero-first"],
+)
 @torch.no_grad()
 def test_outputs_follow_the_schedule(flags: dict) -> None:
     host = model()
@@ -132,7 +171,9 @@ def test_outputs_follow_the_schedule(flags: dict) -> None:
 def test_skipped_components_do_not_run() -> None:
     host, ran = model(), []
     body = host.blocks[0].attn
-    body.forward = lambda x: ran.append(1) or nn.functional.linear(x, body.weight, body.bias)  # its own forward, counted
+    body.forward = lambda x: (
+        ran.append(1) or nn.functional.linear(x, body.weight, body.bias)
+    )  # its own forward, counted
     with helper(host):
         generation(host)
     assert len(ran) == sum(SCHEDULE)
@@ -144,11 +185,18 @@ def test_attributes_and_methods_are_the_originals(tmp_path) -> None:
     (tmp_path / "s.json").write_text(json.dumps({"attn": SCHEDULE}))
     cache = helper(host, json.loads((tmp_path / "s.json").read_text()))
     assert cache.schedule == {"attn": SCHEDULE} and cache.components_to_wrap == ["attn", "mlp"]
-    assert set(cache.current_steps) == {"blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"} and cache.cache == {}
+    assert (
+        set(cache.current_steps) == {"blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"}
+        and cache.cache == {}
+    )
     cache.enable()
     assert not cache.is_skip_step("blocks.0.attn")
     host(x_of(0))
-    assert cache.current_steps["blocks.0.attn"] == 1 and cache.is_skip_step("blocks.0.attn") and not cache.is_skip_step("blocks.0.mlp")
+    assert (
+        cache.current_steps["blocks.0.attn"] == 1
+        and cache.is_skip_step("blocks.0.attn")
+        and not cache.is_skip_step("blocks.0.mlp")
+    )
     assert cache.cache["blocks.0.attn"].shape == (2, 3, 8)
     assert set(cache.original_forwards) == set(cache.current_steps) and cache.start_steps == {}
     cache.reset_state()
@@ -172,7 +220,11 @@ def test_two_calls_a_step_have_stored_outputs_of_their_own() -> None:
 @torch.no_grad()
 def test_helper_and_engine_agree_on_an_indexed_schedule() -> None:
     generator = torch.Generator().manual_seed(5)
-    rows = {f"{name}-{block}": torch.randint(0, 2, (8,), generator=generator).tolist() for block in range(3) for name in ("attn", "mlp")}
+    rows = {
+        f"{name}-{block}": torch.randint(0, 2, (8,), generator=generator).tolist()
+        for block in range(3)
+        for name in ("attn", "mlp")
+    }
     rows["mlp"] = rows.pop("mlp-2")
     host = small_dit()
     with SmoothCacheHelper(host, type(host.blocks[0]), ["attn", "mlp"], rows):
@@ -211,7 +263,9 @@ def test_an_aborted_run_starts_over() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4])
 @torch.no_grad()
-def test_another_batch_in_the_middle_of_a_generation_starts_over_and_never_broadcasts(batch: int, caplog) -> None:
+def test_another_batch_in_the_middle_of_a_generation_starts_over_and_never_broadcasts(
+    batch: int, caplog
+) -> None:
     host = model()
     with helper(host), caplog.at_level(logging.WARNING):
         host(x_of(0))
@@ -241,10 +295,16 @@ def test_two_helpers_on_one_model_are_refused_and_the_first_stays() -> None:
     assert all("forward" not in vars(module) for module in host.modules())
 
 
-@pytest.mark.parametrize(("schedule", "message"), [
-    ({"attn1": SCHEDULE}, "'attn1' matches no branch of Model, which has attn, mlp"), ({"attn-7": SCHEDULE}, "attn-7"), ({}, "at least one key"), ({"attn": [1, 2]}, "expected 0"),
-    ({"attn": [1, 0], "mlp": [1]}, "one length"),
-])
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"attn1": SCHEDULE}, "'attn1' matches no branch of Model, which has attn, mlp"),
+        ({"attn-7": SCHEDULE}, "attn-7"),
+        ({}, "at least one key"),
+        ({"attn": [1, 2]}, "expected 0"),
+        ({"attn": [1, 0], "mlp": [1]}, "one length"),
+    ],
+)
 def test_a_schedule_that_would_do_nothing_is_an_error(schedule: dict, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         SmoothCacheHelper(model(), Block, ["attn", "mlp"], schedule)
@@ -252,13 +312,20 @@ def test_a_schedule_that_would_do_nothing_is_an_error(schedule: dict, message: s
 
 def test_the_published_dit_schedules_are_refused_by_the_diffusers_helper() -> None:
     """The original takes them in silence and caches nothing."""
-    with pytest.raises(ScheduleError, match="'attn', 'mlp' matches no branch of DiTTransformer2DModel, which has attn1"):
+    with pytest.raises(
+        ScheduleError, match="'attn', 'mlp' matches no branch of DiTTransformer2DModel, which has attn1"
+    ):
         DiffuserCacheHelper(tiny_diffusers_dit(), {"attn": SCHEDULE, "mlp": SCHEDULE})
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((BasicTransformerBlock, ["attn1"]), "Model has no BasicTransformerBlock"), ((Block, ["attention"]), "expected names of attn, mlp, got attention"), ((Block, []), "got none"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((BasicTransformerBlock, ["attn1"]), "Model has no BasicTransformerBlock"),
+        ((Block, ["attention"]), "expected names of attn, mlp, got attention"),
+        ((Block, []), "got none"),
+    ],
+)
 def test_blocks_and_components_that_are_not_there_are_an_error(arguments: tuple, message: str) -> None:
     with pytest.raises(HostError, match=message):
         SmoothCacheHelper(model(), *arguments, {"attn": SCHEDULE})
@@ -297,7 +364,9 @@ def test_the_engine_helper_starts_over_and_restores(caplog) -> None:
     uncached = run_dit(host)
     cache.enable()
     run_dit(host, 3)
-    assert set(cache.current_steps.values()) == {3} and set(cache.current_steps) == {f"blocks.{i}.{name}" for i in range(3) for name in ("attn", "mlp")}
+    assert set(cache.current_steps.values()) == {3} and set(cache.current_steps) == {
+        f"blocks.{i}.{name}" for i in range(3) for name in ("attn", "mlp")
+    }
     assert not cache.is_skip_step("blocks.1.mlp")
     cache.enable()  # starts over
     assert set(cache.current_steps.values()) == {0} and not cache.is_skip_step("blocks.1.mlp")

@@ -1,4 +1,7 @@
-"""What only the compiled CPU kernels have: instruction sets, column tiles, thread counts, one owner per packed row."""
+"""What only the compiled CPU kernels have: instruction sets, column tiles, thread counts, one owner per
+packed row.
+"""
+
 from dataclasses import replace
 
 import pytest
@@ -12,12 +15,15 @@ from test_instruction_sets import SETS, VARIABLE
 
 CPU = fastcache.backends.LIBRARIES["cpu"]
 
-pytestmark = pytest.mark.skipif(not CPU.loaded, reason=f"the compiled CPU kernels are not there: {CPU.reason}")
+pytestmark = pytest.mark.skipif(
+    not CPU.loaded, reason=f"the compiled CPU kernels are not there: {CPU.reason}"
+)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_errors_and_column_tiles_on_every_instruction_set(name):
-    succeeds("""
+    succeeds(
+        """
 import sys
 sys.path.insert(0, "tests")
 from dataclasses import replace
@@ -25,21 +31,36 @@ from cases import PRECISIONS, Form, verify
 from fastcache.ops import Norm
 import test_residual_update as update
 for precision in PRECISIONS.values():
-    for form in (Form(terms=8, gate="BD", packed=True), Form(terms=2, gate="BD", norm=Norm.LAYER, shift="BD", scale="BD")):
+    whole = Form(terms=2, gate="BD", norm=Norm.LAYER, shift="BD", scale="BD")
+    for form in (Form(terms=8, gate="BD", packed=True), whole):
         update.test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form, precision, "cpp")
     for channels in (1281, 2561):
-        verify(replace(Form(terms=3, gate="BND", norm=Norm.LAYER).of(precision), channels=channels, tokens=5), "cpp")
-""", **{VARIABLE: name})
+        form = Form(terms=3, gate="BND", norm=Norm.LAYER).of(precision)
+        verify(replace(form, channels=channels, tokens=5), "cpp")
+""",
+        **{VARIABLE: name},
+    )
 
 
 @pytest.mark.parametrize("channels", [1279, 1280, 1281, 2559, 2561, 3900])
-@pytest.mark.parametrize("form", [Form(terms=1), Form(terms=3, gate="BD"), Form(terms=3, scales=True, gate="BND"), Form(terms=2, feature="bfloat16", norm=Norm.LAYER)], ids=["one", "gated", "scaled", "widened"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(terms=1),
+        Form(terms=3, gate="BD"),
+        Form(terms=3, scales=True, gate="BND"),
+        Form(terms=2, feature="bfloat16", norm=Norm.LAYER),
+    ],
+    ids=["one", "gated", "scaled", "widened"],
+)
 def test_rows_that_are_cut_into_column_tiles_have_no_seams(form, channels):
     verify(replace(form, channels=channels, tokens=5), "cpp")
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7, 9, 15, 17, 31, 33, 47, 63, 65])
-@pytest.mark.parametrize("form", [UPDATES["all"], UPDATES["float8"], SCATTERS["refresh-all"]], ids=["all", "float8", "scatter"])
+@pytest.mark.parametrize(
+    "form", [UPDATES["all"], UPDATES["float8"], SCATTERS["refresh-all"]], ids=["all", "float8", "scatter"]
+)
 def test_every_tail_of_a_vector(form, channels):
     for name in ("bfloat16", "float16", "float32"):
         feature = form.feature if form.feature.startswith("float8") else name
@@ -47,10 +68,19 @@ def test_every_tail_of_a_vector(form, channels):
 
 
 @each_dtype
-@pytest.mark.parametrize("form", [Form(terms=5, gate="BD", norm=Norm.LAYER, shift="BD", scale="BD", reference=True), Form(terms=2, slot="float32", fresh_rows=9, norm=Norm.RMS, rows=40, reference=True)], ids=["update", "scatter"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(terms=5, gate="BD", norm=Norm.LAYER, shift="BD", scale="BD", reference=True),
+        Form(terms=2, slot="float32", fresh_rows=9, norm=Norm.RMS, rows=40, reference=True),
+    ],
+    ids=["update", "scatter"],
+)
 def test_results_do_not_depend_on_the_number_of_threads(form, dtype):
     name = str(dtype).removeprefix("torch.")
-    form = replace(form, x=name, feature=name, vector=name, slot=form.slot and name, fresh=name, tokens=203, channels=777)
+    form = replace(
+        form, x=name, feature=name, vector=name, slot=form.slot and name, fresh=name, tokens=203, channels=777
+    )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -1,6 +1,10 @@
-"""The cpp kernels that score and choose tokens: every instruction set, every number of threads, hostile keys."""
+"""The cpp kernels that score and choose tokens: every instruction set, every number of threads, hostile
+keys.
+"""
+
 import pytest
 import torch
+from torch import Tensor
 
 import fastcache
 from fastcache.backends import eager
@@ -12,15 +16,28 @@ pytestmark = pytest.mark.skipif(not CPP.available, reason=f"cpp: {CPP.reason}")
 
 
 def hostile_rows(N: int, seed: int = 0) -> torch.Tensor:
-    """Rows whose keys lie badly for bins: equal, subnormal, infinite, NaN, of both signs, next to each other."""
+    """Rows whose keys lie badly for bins: equal, subnormal, infinite, NaN, of both signs, next to each
+    other.
+    """
     generator = torch.Generator().manual_seed(seed)
     plain = torch.randn(N, generator=generator)
     bits = torch.randint(-(2**31), 2**31 - 1, (N,), generator=generator, dtype=torch.int64).int()
     neighbours = (torch.randint(0, 3, (N,), generator=generator) + 0x3F800000).int()
-    return torch.stack([
-        plain, plain.round(), torch.ones(N), plain * 1e-41, plain * 1e38, bits.view(torch.float32), neighbours.view(torch.float32),
-        torch.where(plain > 1, float("nan"), plain), torch.where(plain > 1, float("inf"), -plain), torch.where(plain.abs() < 0.5, -0.0, 0.0), plain.exp().exp(),
-    ])
+    return torch.stack(
+        [
+            plain,
+            plain.round(),
+            torch.ones(N),
+            plain * 1e-41,
+            plain * 1e38,
+            bits.view(torch.float32),
+            neighbours.view(torch.float32),
+            torch.where(plain > 1, float("nan"), plain),
+            torch.where(plain > 1, float("inf"), -plain),
+            torch.where(plain.abs() < 0.5, -0.0, 0.0),
+            plain.exp().exp(),
+        ]
+    )
 
 
 def verify_choice(score: torch.Tensor, **options: object) -> None:
@@ -39,7 +56,11 @@ def verify_choice(score: torch.Tensor, **options: object) -> None:
 
 
 OPTIONS = {
-    "plain": dict(normalize=False), "normalized": dict(), "aged": dict(age_weight=0.25 / 3, normalize=False), "all": dict(age_weight=0.0625, width=12, cell=2, bonus=0.6), "wide cells": dict(normalize=False, width=12, cell=3, bonus=-0.7),
+    "plain": dict(normalize=False),
+    "normalized": dict(),
+    "aged": dict(age_weight=0.25 / 3, normalize=False),
+    "all": dict(age_weight=0.0625, width=12, cell=2, bonus=0.6),
+    "wide cells": dict(normalize=False, width=12, cell=3, bonus=-0.7),
 }
 
 
@@ -55,9 +76,14 @@ def test_every_tail_of_a_row(N: int) -> None:
 
 
 def test_a_product_is_rounded_before_it_is_added() -> None:
-    """Sums that a contracted multiply-add would round to another neighbour, so that it would choose other tokens."""
+    """Sums that a contracted multiply-add would round to another neighbour, so that it would choose other
+    tokens.
+    """
     score = (torch.randint(0, 64, (8, 4096), generator=torch.Generator().manual_seed(3)) * 2.0**-20).float()
-    age = torch.randint(0, 5, (8, 4096), generator=torch.Generator().manual_seed(4096), dtype=torch.int32) * 1001
+    age = (
+        torch.randint(0, 5, (8, 4096), generator=torch.Generator().manual_seed(4096), dtype=torch.int32)
+        * 1001
+    )
     counts = torch.full((8,), 1000, dtype=torch.int32)
     weight = torch.tensor(0.1)
     contracted = (score.double() + weight.double() * age.double()).float()
@@ -70,7 +96,8 @@ def test_a_product_is_rounded_before_it_is_added() -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set_passes(name: str) -> None:
-    succeeds("""
+    succeeds(
+        """
 import sys, torch
 sys.path.insert(0, "tests")
 torch.set_num_threads(1)
@@ -89,17 +116,30 @@ for dtype in scores.DTYPES:
     for L, K in ((1, 1), (5, 3), (3, 6), (2, 0)):
         scores.test_relative_error_is_that_of_the_calibration("cpp", dtype, L, K)
 scores.test_relative_error_of_nothing_is_defined("cpp")
-""", **{VARIABLE: name})
+""",
+        **{VARIABLE: name},
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
-    make = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)  # noqa: E731
+    def make(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
     features = [make(2, 203, 777, seed=j) for j in range(8)]
     calls = {
-        "row_score": lambda: row_score(features[0], features[1]), "value_norm": lambda: value_norm(make(2, 6, 1030, 40)),
+        "row_score": lambda: row_score(features[0], features[1]),
+        "value_norm": lambda: value_norm(make(2, 6, 1030, 40)),
         "relative_error": lambda: relative_error(features[:2], features[2:]),
-        "select_tokens_": lambda: torch.cat(select_tokens_(hostile_rows(4096), torch.zeros(11, 4096, dtype=torch.int32), torch.full((11,), 999, dtype=torch.int32), 999), 1),
+        "select_tokens_": lambda: torch.cat(
+            select_tokens_(
+                hostile_rows(4096),
+                torch.zeros(11, 4096, dtype=torch.int32),
+                torch.full((11,), 999, dtype=torch.int32),
+                999,
+            ),
+            1,
+        ),
     }
     threads = torch.get_num_threads()
     try:

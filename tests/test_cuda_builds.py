@@ -1,4 +1,7 @@
-"""CUDA kernels compiled for GPUs that are not here: no spills, few registers, 16-byte loads, and a library that links."""
+"""CUDA kernels compiled for GPUs that are not here: no spills, few registers, 16-byte loads, and a library
+that links.
+"""
+
 import importlib.util
 import os
 import re
@@ -46,8 +49,20 @@ def architecture(request, tmp_path_factory) -> Architecture:
     """The representative kernels, compiled for one architecture."""
     number = request.param
     forms = REPRESENTATIVE | UNALIGNED
-    made = [f"template __global__ void {name}<{', '.join(map(str, arguments))}>(const __grid_constant__ Parameters<{arguments[-1]}>);" for name, arguments, _ in forms.values()]
-    source = "\n".join(['#include "fastcache/cuda/rows.cuh"', '#include "fastcache/cuda/sum.cuh"', "namespace fastcache::cuda {", *made, "}"])
+    made = [
+        f"template __global__ void {name}<{', '.join(map(str, arguments))}>(const __grid_constant__"
+        f" Parameters<{arguments[-1]}>);"
+        for name, arguments, _ in forms.values()
+    ]
+    source = "\n".join(
+        [
+            '#include "fastcache/cuda/rows.cuh"',
+            '#include "fastcache/cuda/sum.cuh"',
+            "namespace fastcache::cuda {",
+            *made,
+            "}",
+        ]
+    )
     kernels, cubin = compiled(source, number, tmp_path_factory.mktemp("kernels"))
     assert len(kernels) == len(forms)
     return Architecture(number, {form: kernels[symbol(*forms[form][:2])] for form in forms}, cubin)
@@ -55,13 +70,22 @@ def architecture(request, tmp_path_factory) -> Architecture:
 
 def symbol(name: str, arguments: tuple) -> str:
     """The mangled name of an instantiation."""
-    types = {FP32: "LNS_4TypeE0E", "Type::kFloat16": "LNS_4TypeE1E", BF16: "LNS_4TypeE2E", "true": "Lb1E", "false": "Lb0E"}
-    return f"_ZN9fastcache4cuda{len(name)}{name}I{''.join(types.get(a, f'Li{a}E') for a in arguments)}EEvNS0_10ParametersIXT{len(arguments) - 2}_EEE"
+    types = {
+        FP32: "LNS_4TypeE0E",
+        "Type::kFloat16": "LNS_4TypeE1E",
+        BF16: "LNS_4TypeE2E",
+        "true": "Lb1E",
+        "false": "Lb0E",
+    }
+    mangled = "".join(types.get(a, f"Li{a}E") for a in arguments)
+    return f"_ZN9fastcache4cuda{len(name)}{name}I{mangled}EEvNS0_10ParametersIXT{len(arguments) - 2}_EEE"
 
 
 @each_architecture
 @pytest.mark.parametrize("form", REPRESENTATIVE | UNALIGNED)
-def test_kernels_spill_nothing_and_leave_registers_for_full_memory_traffic(form: str, architecture: Architecture) -> None:
+def test_kernels_spill_nothing_and_leave_registers_for_full_memory_traffic(
+    form: str, architecture: Architecture
+) -> None:
     kernel = architecture.kernels[form]
     assert (kernel.stack, kernel.spilled) == (0, 0)
     assert kernel.registers <= (REPRESENTATIVE | UNALIGNED)[form][2]
@@ -71,22 +95,42 @@ def test_kernels_spill_nothing_and_leave_registers_for_full_memory_traffic(form:
 @pytest.mark.parametrize("form", REPRESENTATIVE)
 def test_aligned_kernels_read_16_bytes_at_once(form: str, architecture: Architecture) -> None:
     loads = architecture.kernels[form].loads()
-    assert loads[16] >= 2 * REPRESENTATIVE[form][1][2 if "rows" in form else 3], loads  # x and the feature, every piece of the tile
+    assert loads[16] >= 2 * REPRESENTATIVE[form][1][2 if "rows" in form else 3], (
+        loads
+    )  # x and the feature, every piece of the tile
 
 
 @each_architecture
 def test_a_kernel_for_unaligned_tensors_reads_element_by_element(architecture: Architecture) -> None:
-    assert set(architecture.kernels["sum bf16, unaligned"].loads()) <= {1, 2, 4, 8}  # 8: weights and indices come alone
+    assert set(architecture.kernels["sum bf16, unaligned"].loads()) <= {
+        1,
+        2,
+        4,
+        8,
+    }  # 8: weights and indices come alone
 
 
 @each_architecture
 def test_loads_of_the_next_term_are_issued_before_this_one_is_added(architecture: Architecture) -> None:
     found = shutil.which("cuobjdump")
     if found is None and importlib.util.find_spec("triton") is not None:
-        found = next((str(path) for path in (Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin").glob("cuobjdump")), None)
+        found = next(
+            (
+                str(path)
+                for path in (
+                    Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+                ).glob("cuobjdump")
+            ),
+            None,
+        )
     if found is None:
         pytest.skip("cuobjdump is neither in PATH nor in an installed triton")
-    told = subprocess.run([found, "-sass", "-fun", symbol(*REPRESENTATIVE["sum bf16"][:2]), str(architecture.cubin)], capture_output=True, text=True, env=os.environ | {"PATH": f"{os.environ['PATH']}:{Path(found).parent}"})
+    told = subprocess.run(
+        [found, "-sass", "-fun", symbol(*REPRESENTATIVE["sum bf16"][:2]), str(architecture.cubin)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{os.environ['PATH']}:{Path(found).parent}"},
+    )
     assert told.returncode == 0, told.stderr
     order = re.findall(r"(LDG\.E\.EF\.128|FFMA)", told.stdout)
     before = order[: order.index("FFMA")]
@@ -96,18 +140,45 @@ def test_loads_of_the_next_term_are_issued_before_this_one_is_added(architecture
 def test_the_cuda_library_builds_and_links_against_any_pytorch(tmp_path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
-    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake") or pytest.skip("cmake is not installed")
+    cmake = (
+        shutil.which("cmake", path=str(Path(sys.executable).parent))
+        or shutil.which("cmake")
+        or pytest.skip("cmake is not installed")
+    )
     output = tmp_path / "package"
-    # PTX, barely optimised where nvcc can: machine code of all kernels takes minutes, and what stands for them is checked above
+    # PTX, barely optimised where nvcc can: machine code of all kernels takes minutes, and what stands for
+    # them is checked above
     flags = ["-DCMAKE_CUDA_FLAGS=--Ofast-compile=max"] if "--Ofast-compile" in run([NVCC, "--help"]) else []
-    run([cmake, "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}", "-DFASTCACHE_CUDA=1", "-DFASTCACHE_CUDA_ARCHS=90-virtual", f"-DFASTCACHE_OUTPUT={output}", *flags])
+    run(
+        [
+            cmake,
+            "-S",
+            ROOT,
+            "-B",
+            tmp_path / "build",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            "-DFASTCACHE_CUDA=1",
+            "-DFASTCACHE_CUDA_ARCHS=90-virtual",
+            f"-DFASTCACHE_OUTPUT={output}",
+            *flags,
+        ]
+    )
     run([cmake, "--build", tmp_path / "build", "--target", "fastcache_cuda", "--parallel", "2"])
     built = output / "lib" / "libfastcache_cuda.so"
     assert library.schema_digest().encode() in built.read_bytes()
-    names = [line.split()[-1].split("@")[0] for line in run(["nm", "-D", "--undefined-only", built]).splitlines()]
+    names = [
+        line.split()[-1].split("@")[0] for line in run(["nm", "-D", "--undefined-only", built]).splitlines()
+    ]
     assert "aoti_torch_get_current_cuda_stream" in names
     unstable = [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)|cuda[A-Z]", name)]
     assert not unstable, "cudart is linked statically, PyTorch through its stable interface"
     exported = {line.split()[-1] for line in run(["nm", "-D", "--defined-only", built]).splitlines()}
-    assert {"fastcache_schema_digest", "fastcache_cuda_error_flag", "fastcache_cuda_tuning_version", "fastcache_cuda_configs", "fastcache_cuda_tune", "fastcache_cuda_untune"} <= exported
+    assert {
+        "fastcache_schema_digest",
+        "fastcache_cuda_error_flag",
+        "fastcache_cuda_tuning_version",
+        "fastcache_cuda_configs",
+        "fastcache_cuda_tune",
+        "fastcache_cuda_untune",
+    } <= exported
     assert not [name for name in exported if "9fastcache" in name], "kernels and launchers are hidden"

@@ -1,4 +1,5 @@
 """Values of the CUDA kernels without a GPU: every form of both operators on emulated thread blocks."""
+
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,20 @@ import torch
 
 import cases
 import emulated
-from cases import FORMS, LAYOUTS, PRECISIONS, SCATTERS, UPDATES, VECTOR_LAYOUTS, VECTOR_SHAPES, Form, assert_same_bits, each_form, each_precision, verify
+from cases import (
+    FORMS,
+    LAYOUTS,
+    PRECISIONS,
+    SCATTERS,
+    UPDATES,
+    VECTOR_LAYOUTS,
+    VECTOR_SHAPES,
+    Form,
+    assert_same_bits,
+    each_form,
+    each_precision,
+    verify,
+)
 from fastcache.backends import eager
 from fastcache.ops import Norm
 
@@ -23,7 +37,9 @@ def kernels() -> emulated.Emulated:
 def backend(kernels, monkeypatch):
     """`emulated` as one more backend of tests/cases.py."""
     run = cases.Call.run
-    monkeypatch.setattr(cases.Call, "run", lambda call, name: kernels.call(call) if name == "emulated" else run(call, name))
+    monkeypatch.setattr(
+        cases.Call, "run", lambda call, name: kernels.call(call) if name == "emulated" else run(call, name)
+    )
     kernels.seed(0)
     kernels.multiprocessors(1)
     yield
@@ -42,7 +58,11 @@ def test_values_of_wide_rows_lie_within_the_rounding_bounds(form: Form, name: st
     verify(replace(form.of(PRECISIONS[name]), channels=1152, tokens=3), "emulated")
 
 
-@pytest.mark.parametrize("form", [UPDATES["packed-gates"], UPDATES["gated-per-token"], SCATTERS["refresh-between"]], ids=["packed-gates", "per-token", "refresh"])
+@pytest.mark.parametrize(
+    "form",
+    [UPDATES["packed-gates"], UPDATES["gated-per-token"], SCATTERS["refresh-between"]],
+    ids=["packed-gates", "per-token", "refresh"],
+)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 33])
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 def test_one_row_or_four_rows_per_thread(form: Form, tokens: int, multiprocessors: int, kernels) -> None:
@@ -51,7 +71,18 @@ def test_one_row_or_four_rows_per_thread(form: Form, tokens: int, multiprocessor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["packed-gates", "gated-per-frame", "modulated", "all", "refresh-between", "float8-refresh", "refresh-all"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed-gates",
+        "gated-per-frame",
+        "modulated",
+        "all",
+        "refresh-between",
+        "float8-refresh",
+        "refresh-all",
+    ],
+)
 def test_strided_values_lie_within_the_rounding_bounds(name: str, layout: str) -> None:
     verify(replace(FORMS[name].of(PRECISIONS["bf16"]), layout=layout), "emulated")
 
@@ -60,7 +91,9 @@ def test_strided_values_lie_within_the_rounding_bounds(name: str, layout: str) -
 @pytest.mark.parametrize("shape", VECTOR_SHAPES)
 @pytest.mark.parametrize("packed", [False, True], ids=["shared", "packed"])
 def test_vectors_of_every_shape_and_layout(shape: str, layout: str, packed: bool) -> None:
-    form = Form(terms=3, gate=shape, packed=packed, norm=Norm.LAYER, shift=shape, scale=shape, vector_layout=layout)
+    form = Form(
+        terms=3, gate=shape, packed=packed, norm=Norm.LAYER, shift=shape, scale=shape, vector_layout=layout
+    )
     verify(form.of(PRECISIONS["fp32-vectors"]), "emulated")
     verify(replace(form, norm=0, shift="", scale="").of(PRECISIONS["fp32-vectors"]), "emulated")
 
@@ -70,14 +103,23 @@ def test_vectors_of_every_shape_and_layout(shape: str, layout: str, packed: bool
 @pytest.mark.parametrize("form", [UPDATES["gated"], ALL, SCATTERED], ids=["sum", "rows", "scatter"])
 def test_every_alignment_and_tail(form: Form, channels: int, offset: int) -> None:
     for precision in ("fp32", "bf16"):
-        verify(replace(form.of(PRECISIONS[precision]), channels=channels, offset=offset, tokens=5), "emulated")
+        verify(
+            replace(form.of(PRECISIONS[precision]), channels=channels, offset=offset, tokens=5), "emulated"
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("channels", [256, 1024, 1152, 1160, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 1155, 8191])
+@pytest.mark.parametrize(
+    "channels", [256, 1024, 1152, 1160, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 1155, 8191]
+)
 def test_rows_of_every_width_in_the_table_and_between(channels: int, precision: str) -> None:
     for form in (ALL, SCATTERS["float8-refresh"], SCATTERED):
-        verify(replace(form.of(PRECISIONS[precision]), channels=channels, tokens=3, rows=form.rows and 2, batch=1), "emulated")
+        verify(
+            replace(
+                form.of(PRECISIONS[precision]), channels=channels, tokens=3, rows=form.rows and 2, batch=1
+            ),
+            "emulated",
+        )
 
 
 @pytest.mark.parametrize("form", [UPDATES["sum"], UPDATES["modulated"]], ids=["sum", "rows"])
@@ -110,11 +152,23 @@ def test_any_batch_and_any_number_of_tokens_also_none(batch: int, tokens: int) -
 
 
 @pytest.mark.parametrize("norm", [Norm.NONE, Norm.IDENTITY], ids=["sum", "rows"])
-@pytest.mark.parametrize(("shape", "strides"), [((2, 1, 8), (2**31, 8, 1)), ((1, 2, 8), (8, 2**31, 1))], ids=["batch", "token"])
-def test_strides_beyond_two_to_the_31_elements(shape: tuple[int, ...], strides: tuple[int, ...], norm: Norm) -> None:
-    x = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided(shape, strides)  # pages that are not touched take no memory
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((2, 1, 8), (2**31, 8, 1)), ((1, 2, 8), (8, 2**31, 1))], ids=["batch", "token"]
+)
+def test_strides_beyond_two_to_the_31_elements(
+    shape: tuple[int, ...], strides: tuple[int, ...], norm: Norm
+) -> None:
+    x = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided(
+        shape, strides
+    )  # pages that are not touched take no memory
     x.copy_(torch.randn(shape))
-    found = cases.build(Form(batch=shape[0], tokens=shape[1], channels=8, x="bfloat16", feature="bfloat16", norm=norm)).given(x=x, features=[x]).run("emulated")
+    found = (
+        cases.build(
+            Form(batch=shape[0], tokens=shape[1], channels=8, x="bfloat16", feature="bfloat16", norm=norm)
+        )
+        .given(x=x, features=[x])
+        .run("emulated")
+    )
     assert_same_bits(found.x, (x + x).contiguous())
 
 
@@ -129,10 +183,15 @@ def test_the_order_in_which_threads_run_changes_no_bit(channels: int, seed: int,
 
 @pytest.mark.parametrize("slot", ["float32", "float16", "bfloat16", cases.FLOAT8])
 def test_the_store_rounds_any_pattern_of_bits_as_the_definition_does(slot: str) -> None:
-    bits = torch.randint(-(2**31), 2**31 - 1, (1, 512, 64), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    bits = torch.randint(-(2**31), 2**31 - 1, (1, 512, 64), generator=torch.Generator().manual_seed(1)).to(
+        torch.int32
+    )
     fresh = bits.view(torch.float32)
     fresh = torch.where(fresh.isnan(), 1.0, fresh)
-    made = [cases.build(Form(batch=1, tokens=512, channels=64, terms=0, slot=slot)).given(fresh=fresh) for _ in range(2)]
+    made = [
+        cases.build(Form(batch=1, tokens=512, channels=64, terms=0, slot=slot)).given(fresh=fresh)
+        for _ in range(2)
+    ]
     made[0].run("emulated")
     eager.store_rows_(made[1].arguments["slot"], fresh, None, made[1].arguments["slot_scale"])
     assert_same_bits(made[0].arguments["slot"], made[1].arguments["slot"])
@@ -141,8 +200,14 @@ def test_the_store_rounds_any_pattern_of_bits_as_the_definition_does(slot: str) 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", cases.FLOAT8])
 def test_every_bit_pattern_of_a_feature_is_widened_exactly(dtype: str) -> None:
     kind = getattr(torch, dtype)
-    feature = (torch.arange(2**16).to(torch.uint16) if kind.itemsize == 2 else torch.arange(2**8).to(torch.uint8)).view(kind).reshape(1, -1, 16)
-    call = cases.build(Form(batch=1, tokens=feature.shape[1], channels=16, feature=dtype)).given(x=torch.zeros(feature.shape), features=[feature])
+    feature = (
+        (torch.arange(2**16).to(torch.uint16) if kind.itemsize == 2 else torch.arange(2**8).to(torch.uint8))
+        .view(kind)
+        .reshape(1, -1, 16)
+    )
+    call = cases.build(Form(batch=1, tokens=feature.shape[1], channels=16, feature=dtype)).given(
+        x=torch.zeros(feature.shape), features=[feature]
+    )
     found, expected = call.run("emulated").x, feature.float()
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
@@ -156,7 +221,9 @@ def test_special_values_are_stored_in_float8_as_the_definition_does(value: float
     for call in made:
         call.arguments["fresh"][0, 1, 5] = value
     made[0].run("emulated")
-    eager.store_rows_(made[1].arguments["slot"], made[1].arguments["fresh"], None, made[1].arguments["slot_scale"])
+    eager.store_rows_(
+        made[1].arguments["slot"], made[1].arguments["fresh"], None, made[1].arguments["slot_scale"]
+    )
     slots = [call.arguments["slot"].float() for call in made]
     assert torch.equal(slots[0].isnan(), slots[1].isnan())
     assert torch.equal(slots[0].nan_to_num(0.0), slots[1].nan_to_num(0.0))
@@ -176,7 +243,9 @@ def test_a_gate_row_that_does_not_exist_gives_nan_and_sets_the_flag(bad: int, ke
 
 @pytest.mark.parametrize("bad", [3, 2**31 - 1, -2])
 @pytest.mark.parametrize("name", ["refresh", "float8-refresh"])
-def test_a_fresh_row_that_does_not_exist_keeps_the_slot_and_sets_the_flag(name: str, bad: int, kernels) -> None:
+def test_a_fresh_row_that_does_not_exist_keeps_the_slot_and_sets_the_flag(
+    name: str, bad: int, kernels
+) -> None:
     call, kept = cases.build(FORMS[name]), cases.build(FORMS[name])
     call.arguments["fresh_slots"][1, 2], kept.arguments["fresh_slots"][1, 2] = bad, -1
     assert_same_bits(call.run("emulated"), kept.run("emulated"))
@@ -217,4 +286,6 @@ def test_a_kernel_without_its_barriers_gives_wrong_values(monkeypatch) -> None:
         broken.seed(seed)
         with pytest.raises(AssertionError, match="h: .* elements off"):
             verify(Form(channels=3072, norm=Norm.LAYER, seed=seed), "emulated")
-    verify(Form(channels=1152, norm=Norm.LAYER, x="bfloat16", feature="bfloat16"), "emulated")  # a warp per row: needs none
+    verify(
+        Form(channels=1152, norm=Norm.LAYER, x="bfloat16", feature="bfloat16"), "emulated"
+    )  # a warp per row: needs none

@@ -1,4 +1,5 @@
 """Deferred: a host that looks between blocks is slower, never wrong."""
+
 import copy
 import io
 import pickle
@@ -16,7 +17,10 @@ from fastcache import ResidualStream
 from fastcache.stream.deferred import Deferred
 
 B, N, D = 2, 6, 24
-X, FEATURE, GATE, OTHER = (random_values(shape, "float32", seed) for seed, shape in enumerate([(B, N, D), (B, N, D), (B, D), (B, N, D)]))
+X, FEATURE, GATE, OTHER = (
+    random_values(shape, "float32", seed)
+    for seed, shape in enumerate([(B, N, D), (B, N, D), (B, D), (B, N, D)])
+)
 
 
 def pending(x: Tensor = X) -> ResidualStream:
@@ -221,7 +225,9 @@ def test_every_read_gives_what_it_gives_of_the_value(name: str, deferred: Deferr
 
 
 @pytest.mark.parametrize("name", READS)
-def test_a_read_changes_neither_the_value_nor_the_stream(name: str, deferred: Deferred, expected: Tensor) -> None:
+def test_a_read_changes_neither_the_value_nor_the_stream(
+    name: str, deferred: Deferred, expected: Tensor
+) -> None:
     READS[name](deferred)
     assert_same(deferred.clone(), expected)
     assert_same(deferred.stream().value(), expected)
@@ -256,7 +262,11 @@ def test_repr_says_what_is_pending_and_computes_nothing(deferred: Deferred) -> N
 def test_the_value_is_computed_once(deferred: Deferred, monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[str] = []
     operator = fastcache.stream.residual_stream.residual_update
-    monkeypatch.setattr(fastcache.stream.residual_stream, "residual_update", lambda *args, **kwargs: launches.append("update") or operator(*args, **kwargs))
+    monkeypatch.setattr(
+        fastcache.stream.residual_stream,
+        "residual_update",
+        lambda *args, **kwargs: launches.append("update") or operator(*args, **kwargs),
+    )
     for _ in range(3):
         deferred.sum()
         deferred[0]
@@ -266,7 +276,9 @@ def test_the_value_is_computed_once(deferred: Deferred, monkeypatch: pytest.Monk
 def test_the_value_aliases_no_other_tensor() -> None:
     for stream in (pending(), ResidualStream(X)):
         value = Deferred(stream).materialised()
-        assert value.untyped_storage().data_ptr() not in [tensor.untyped_storage().data_ptr() for tensor in (X, FEATURE, GATE)]
+        assert value.untyped_storage().data_ptr() not in [
+            tensor.untyped_storage().data_ptr() for tensor in (X, FEATURE, GATE)
+        ]
 
 
 def test_the_value_is_a_plain_tensor(deferred: Deferred) -> None:
@@ -274,7 +286,11 @@ def test_the_value_is_a_plain_tensor(deferred: Deferred) -> None:
     assert type(deferred + 1) is Tensor and type(deferred.detach()) is Tensor
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=["no_grad", "inference_mode", "enable_grad"])
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, torch.enable_grad],
+    ids=["no_grad", "inference_mode", "enable_grad"],
+)
 def test_it_is_read_in_every_grad_mode(mode: Callable, expected: Tensor) -> None:
     with mode():
         assert_same(Deferred(pending())[:, 1:].clone(), expected[:, 1:])
@@ -304,7 +320,9 @@ def test_a_hook_of_a_module_sees_the_value(deferred: Deferred, expected: Tensor)
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_every_write_is_seen_by_later_reads_and_by_the_next_block(name: str, deferred: Deferred, expected: Tensor) -> None:
+def test_every_write_is_seen_by_later_reads_and_by_the_next_block(
+    name: str, deferred: Deferred, expected: Tensor
+) -> None:
     WRITES[name](deferred)
     WRITES[name](expected)
     assert_same(deferred.clone(), expected)
@@ -411,7 +429,9 @@ def test_a_change_of_x_before_the_first_read_is_an_error() -> None:
     x = X.clone()
     deferred = Deferred(pending(x))
     x.add_(1)
-    with pytest.raises(RuntimeError, match="x was modified in place while updates of the residual stream were pending"):
+    with pytest.raises(
+        RuntimeError, match="x was modified in place while updates of the residual stream were pending"
+    ):
         deferred.sum()
 
 

@@ -1,4 +1,5 @@
 """The definition itself (backends/eager.py): its float64 results against equations written token by token."""
+
 from dataclasses import replace
 
 import pytest
@@ -54,22 +55,36 @@ def coefficient(call: Call, j: int, b: int, n: int) -> Tensor | float:
 def expected(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(x', h, errors) in float64."""
     a, form = call.arguments, call.form
-    terms = [(feature.double(), None if a["scales"] is None else j) for j, feature in enumerate(a["features"])]
+    terms = [
+        (feature.double(), None if a["scales"] is None else j) for j, feature in enumerate(a["features"])
+    ]
     if form.slot:
         position = form.terms if form.position < 0 else form.position
-        terms = [(feature, None if number is None else number + (number >= position)) for feature, number in terms]
+        terms = [
+            (feature, None if number is None else number + (number >= position)) for feature, number in terms
+        ]
         slot, slot_scale = stored_rows(call)
-        terms.insert(position, (slot.double() if slot_scale is None else slot.double() * slot_scale.double()[..., None], None))
+        terms.insert(
+            position,
+            (slot.double() if slot_scale is None else slot.double() * slot_scale.double()[..., None], None),
+        )
         newest = position
     else:
         newest = len(terms) - 1
-    scaled = [feature if number is None else feature * a["scales"][number].double()[..., None] for feature, number in terms]
+    scaled = [
+        feature if number is None else feature * a["scales"][number].double()[..., None]
+        for feature, number in terms
+    ]
     x = a["x"].double().clone()
     for b in range(form.batch):
         for n in range(form.tokens):
             for j, feature in enumerate(scaled):
                 x[b, n] += coefficient(call, j, b, n) * feature[b, n]
-    return x, expected_h(call, x) if form.norm else None, expected_errors(scaled[newest], a["reference"].double()) if form.reference else None
+    return (
+        x,
+        expected_h(call, x) if form.norm else None,
+        expected_errors(scaled[newest], a["reference"].double()) if form.reference else None,
+    )
 
 
 def expected_h(call: Call, x: Tensor) -> Tensor:
@@ -94,7 +109,12 @@ def expected_h(call: Call, x: Tensor) -> Tensor:
 
 
 def expected_errors(feature: Tensor, reference: Tensor) -> Tensor:
-    return torch.stack([torch.stack([(f - r).abs().sum(), f.abs().sum(), r.abs().sum()]) for f, r in zip(feature, reference, strict=True)])
+    return torch.stack(
+        [
+            torch.stack([(f - r).abs().sum(), f.abs().sum(), r.abs().sum()])
+            for f, r in zip(feature, reference, strict=True)
+        ]
+    )
 
 
 def assert_defined(form: Form) -> None:
@@ -122,7 +142,9 @@ def test_every_form_equals_its_equations(form: Form, seed: int) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", VECTOR_SHAPES)
 def test_vectors_of_every_shape_equal_their_equations(shape: str, packed: bool) -> None:
-    assert_defined(Form(terms=4, gate=shape, packed=packed, norm=Norm.LAYER, shift=shape, scale=shape, vector="bfloat16"))
+    assert_defined(
+        Form(terms=4, gate=shape, packed=packed, norm=Norm.LAYER, shift=shape, scale=shape, vector="bfloat16")
+    )
 
 
 @pytest.mark.parametrize("norm", [Norm.LAYER, Norm.RMS])
@@ -134,4 +156,16 @@ def test_eps_is_that_of_torch(eps: float, norm: Norm) -> None:
 @pytest.mark.parametrize("position", [-1, 0, 1, 2, 3])
 @pytest.mark.parametrize("slot", ["float32", FLOAT8])
 def test_the_slot_in_every_position_equals_its_equations(slot: str, position: int) -> None:
-    assert_defined(Form(terms=3, slot=slot, fresh_rows=4, position=position, gate="BFD", packed=True, weights=True, scales=True, reference=True))
+    assert_defined(
+        Form(
+            terms=3,
+            slot=slot,
+            fresh_rows=4,
+            position=position,
+            gate="BFD",
+            packed=True,
+            weights=True,
+            scales=True,
+            reference=True,
+        )
+    )

@@ -1,4 +1,5 @@
 """Slots: borrowed and owned, accounted and freed."""
+
 import gc
 import weakref
 
@@ -45,7 +46,12 @@ def test_a_buffer_of_another_shape_or_dtype_starts_the_history_again(like) -> No
     store = FeatureStore(depth=2)
     before = store.buffer(0, torch.randn(2, 3, 4), 0).tensor
     after = store.buffer(0, like, 1).tensor
-    assert after is not before and after.shape == like.shape and after.dtype == like.dtype and store.steps(0) == [1]
+    assert (
+        after is not before
+        and after.shape == like.shape
+        and after.dtype == like.dtype
+        and store.steps(0) == [1]
+    )
 
 
 def test_a_history_keeps_the_newest_features_and_takes_the_oldest_buffer_again() -> None:

@@ -1,14 +1,20 @@
 """FORA's step rule and the authors' FLOP formula (spec sections 1, 2.1 and 11)."""
+
 import pytest
 
 from fastcache import FORA
 from fastcache.policies.reference import full_block_flops
 from fastcache.schedule import Branch, Layout
 
-DIT_XL_2 = Layout("DiT", 256, 1152, 16, tuple(Branch(index // 2, ("attn", "mlp")[index % 2], 1) for index in range(56)))
+DIT_XL_2 = Layout(
+    "DiT", 256, 1152, 16, tuple(Branch(index // 2, ("attn", "mlp")[index % 2], 1) for index in range(56))
+)
 
 
-@pytest.mark.parametrize(("steps", "interval", "full"), [(50, 3, 18), (250, 3, 84), (20, 3, 8), (50, 2, 26), (50, 5, 11), (100, 7, 16), (50, 1, 50), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("steps", "interval", "full"),
+    [(50, 3, 18), (250, 3, 84), (20, 3, 8), (50, 2, 26), (50, 5, 11), (100, 7, 16), (50, 1, 50), (1, 3, 1)],
+)
 def test_number_of_full_steps_is_the_originals(steps: int, interval: int, full: int) -> None:
     assert len(FORA(interval).full_steps(steps)) == full
 

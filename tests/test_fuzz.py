@@ -3,6 +3,7 @@
 A failure is printed as a Form and as a hypothesis blob, shrunk, and appended to fuzz_ledger.json;
 commit the ledger with the fix. FASTCACHE_FUZZ_SECONDS sets the time (default 15).
 """
+
 import json
 import os
 import time
@@ -34,16 +35,33 @@ def forms(draw: st.DrawFn) -> Form:
     terms = draw(st.one_of(st.integers(0, 4), st.integers(5, 20)))
     gate = draw(VECTOR)
     return Form(
-        batch=draw(st.integers(0, 3)), tokens=draw(SIZE), channels=draw(WIDTH), terms=terms,
-        x=draw(STREAM), feature=draw(st.one_of(STREAM, st.just(FLOAT8))), vector=draw(STREAM),
-        gate=gate, packed=bool(gate) and draw(st.booleans()), weights=draw(st.booleans()), scales=draw(st.booleans()),
-        norm=norm, shift=draw(VECTOR) if norm else "", scale=draw(VECTOR) if norm else "", affine=norm in (1, 2) and draw(st.booleans()),
+        batch=draw(st.integers(0, 3)),
+        tokens=draw(SIZE),
+        channels=draw(WIDTH),
+        terms=terms,
+        x=draw(STREAM),
+        feature=draw(st.one_of(STREAM, st.just(FLOAT8))),
+        vector=draw(STREAM),
+        gate=gate,
+        packed=bool(gate) and draw(st.booleans()),
+        weights=draw(st.booleans()),
+        scales=draw(st.booleans()),
+        norm=norm,
+        shift=draw(VECTOR) if norm else "",
+        scale=draw(VECTOR) if norm else "",
+        affine=norm in (1, 2) and draw(st.booleans()),
         rows=draw(st.one_of(st.none(), st.integers(0, 9))) if norm else None,
-        reference=bool(terms or slot) and draw(st.booleans()), need_x=draw(st.booleans()),
-        slot=slot, fresh=draw(STREAM), fresh_rows=draw(st.one_of(st.none(), st.integers(0, 9))) if slot else None,
+        reference=bool(terms or slot) and draw(st.booleans()),
+        need_x=draw(st.booleans()),
+        slot=slot,
+        fresh=draw(STREAM),
+        fresh_rows=draw(st.one_of(st.none(), st.integers(0, 9))) if slot else None,
         position=draw(st.integers(-1, terms)) if slot else -1,
-        layout=draw(LAYOUT), vector_layout=draw(st.sampled_from(VECTOR_LAYOUTS)), offset=draw(st.integers(0, 17)),
-        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])), seed=draw(st.integers(0, 2**16)),
+        layout=draw(LAYOUT),
+        vector_layout=draw(st.sampled_from(VECTOR_LAYOUTS)),
+        offset=draw(st.integers(0, 17)),
+        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
+        seed=draw(st.integers(0, 2**16)),
     )
 
 
@@ -70,7 +88,14 @@ def search(check: Callable[[Form], None], seconds: float) -> Form | None:
     """Run `check` on random forms; return the simplest that fails, printed with its blob, or None."""
     failed: list[Form] = []
 
-    @settings(max_examples=ROUND, deadline=None, print_blob=True, database=None, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=ROUND,
+        deadline=None,
+        print_blob=True,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(forms())
     def run(form: Form) -> None:
         try:
@@ -85,7 +110,9 @@ def search(check: Callable[[Form], None], seconds: float) -> Form | None:
             run()
         except Exception as error:
             notes = "\n".join(getattr(error, "__notes__", []))
-            print(f"simplest failing form: {failed[-1]}\n{type(error).__name__}: {error}\n{notes}")  # hypothesis runs the simplest one last
+            print(
+                f"simplest failing form: {failed[-1]}\n{type(error).__name__}: {error}\n{notes}"
+            )  # hypothesis runs the simplest one last
             return failed[-1]
     return None
 

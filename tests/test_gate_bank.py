@@ -1,4 +1,5 @@
 """Gates of a whole step from one matrix multiply, and never from weights that are no longer the host's."""
+
 import pytest
 import torch
 
@@ -32,7 +33,9 @@ def test_a_changed_weight_is_noticed_at_the_next_step(change: str) -> None:
         if change == "write":
             linear.weight.mul_(2)
         elif change == "replace":
-            model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()}, assign=True)
+            model.load_state_dict(
+                {name: value * 2 for name, value in model.state_dict().items()}, assign=True
+            )
         else:
             model.to(torch.float64)
             condition = condition.double()
@@ -60,7 +63,9 @@ def test_what_cannot_be_copied_is_computed_block_by_block(reason: str, monkeypat
         model.blocks[0].adaLN_modulation[1] = torch.nn.Sequential(model.blocks[0].adaLN_modulation[1])
     elif reason == "inference":
         with torch.inference_mode():
-            model.blocks[0].adaLN_modulation[1].weight = torch.nn.Parameter(torch.randn(192, 32), requires_grad=False)
+            model.blocks[0].adaLN_modulation[1].weight = torch.nn.Parameter(
+                torch.randn(192, 32), requires_grad=False
+            )
     elif reason == "large":
         monkeypatch.setattr(gate_bank, "MOST_BYTES", 100)
     with torch.autocast("cpu", enabled=reason == "autocast"):
@@ -83,8 +88,12 @@ def test_blocks_with_conditions_of_their_own_get_their_own_gates() -> None:
         kept = session._trunk.history()
         stream = model.x_embedder(x) + model.pos_embed
         for number, block in enumerate(model.blocks):
-            for gate, feature in zip(host.gates(block, conditions[number], {}), kept[2 * number:2 * number + 2], strict=True):
+            for gate, feature in zip(
+                host.gates(block, conditions[number], {}), kept[2 * number : 2 * number + 2], strict=True
+            ):
                 stream = stream + gate[:, None] * feature[0]
         session.reset()
     assert_close([first], expected[:1])
-    assert_close([found], [model._unpatch(model.final_layer(stream, model.t_embedder(t) + model.y_embedder(y)))])
+    assert_close(
+        [found], [model._unpatch(model.final_layer(stream, model.t_embedder(t) + model.y_embedder(y)))]
+    )

@@ -1,4 +1,5 @@
 """Glyphs-36: the pictures, the shipped weights and the classifier that judges them."""
+
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,15 @@ def test_values_out_of_range_are_clipped_to_pixels():
 def test_the_shipped_dit_is_the_trained_configuration_and_says_how_to_sample_it():
     model = load_glyph_dit()
     assert model.config == CONFIG
-    assert Diffusion.from_metadata(read_checkpoint(weights_path("glyph-dit.safetensors")).metadata) == DIFFUSION
+    assert (
+        Diffusion.from_metadata(read_checkpoint(weights_path("glyph-dit.safetensors")).metadata) == DIFFUSION
+    )
 
 
 def test_the_shipped_dit_predicts_the_velocity_of_unseen_pictures():
-    """Its error is far below that of predicting zero: t and the largest share of the squared error that may be left."""
+    """Its error is far below that of predicting zero: t and the largest share of the squared error that may
+    be left.
+    """
     pictures, labels = dataset.make(1, seed=7)
     model, x, y = load_glyph_dit(), dataset.to_model_range(pictures), torch.from_numpy(labels)
     alpha_bar = make_scheduler("ddpm", 1, DIFFUSION).alphas_cumprod
@@ -85,12 +90,24 @@ def test_weights_are_looked_for_in_the_folder_that_the_environment_names(monkeyp
     monkeypatch.setenv("FASTCACHE_WEIGHTS", str(REPOSITORY / "weights"))
     assert weights_path("glyph-dit.safetensors") == REPOSITORY / "weights" / "glyph-dit.safetensors"
     monkeypatch.setenv("FASTCACHE_WEIGHTS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="clone it and set FASTCACHE_WEIGHTS .* python -m fastcache.workshop.glyphs.train"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="clone it and set FASTCACHE_WEIGHTS .* python -m fastcache.workshop.glyphs.train",
+    ):
         load_glyph_dit()
 
 
 def small_run(monkeypatch) -> Run:
-    config = dict(input_size=32, patch_size=8, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=36, learn_sigma=False)
+    config = dict(
+        input_size=32,
+        patch_size=8,
+        in_channels=3,
+        hidden_size=32,
+        depth=1,
+        num_heads=2,
+        num_classes=36,
+        learn_sigma=False,
+    )
     monkeypatch.setattr("fastcache.workshop.glyphs.train.CONFIG", DiT(**config).config)
     return Run.start("cpu")
 

@@ -1,4 +1,5 @@
 """FORA against recorded outputs of the original: every step, every backend."""
+
 import pytest
 import torch
 
@@ -20,9 +21,17 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_every_step_equals_the_original(backend: str, own_features: bool, announced: bool) -> None:
     model, case = golden_model(), load_case(CASE)
     calls = list(case.calls())
-    with fastcache.use_backend(backend), fastcache.accelerate(model, fastcache.FORA(interval=int(case.config["N"])), len(calls), own_features=own_features) as session:
+    with (
+        fastcache.use_backend(backend),
+        fastcache.accelerate(
+            model, fastcache.FORA(interval=int(case.config["N"])), len(calls), own_features=own_features
+        ) as session,
+    ):
         if announced:
             session.begin(timesteps=case.timesteps.float(), conditions={"y": calls[0].y})
-        errors = [relative_error(model.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out) for call in calls]
+        errors = [
+            relative_error(model.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out)
+            for call in calls
+        ]
     assert max(errors) < TOLERANCE, errors
     assert session.summary().steps["reuse"].count > 0

@@ -1,4 +1,5 @@
 """ToCa and DuCa against recorded outputs of the originals: every step, every backend, action by action."""
+
 import pytest
 import torch
 
@@ -8,7 +9,14 @@ from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_
 from support import available_backends
 
 POLICIES = {"dit_toca_attention": fastcache.ToCa, "dit_duca_kvnorm": fastcache.DuCa}
-FLAGS = ("fresh_threshold", "fresh_ratio", "cache_type", "ratio_scheduler", "soft_fresh_weight", "force_fresh")
+FLAGS = (
+    "fresh_threshold",
+    "fresh_ratio",
+    "cache_type",
+    "ratio_scheduler",
+    "soft_fresh_weight",
+    "force_fresh",
+)
 
 
 def policy_of(name: str) -> fastcache.Policy:
@@ -26,7 +34,10 @@ def test_every_step_equals_the_original(name: str, backend: str, announced: bool
     with fastcache.use_backend(backend), fastcache.accelerate(model, policy_of(name), len(calls)) as session:
         if announced:
             session.begin(timesteps=case.timesteps.float(), conditions={"y": calls[0].y})
-        errors = [relative_error(model.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out) for call in calls]
+        errors = [
+            relative_error(model.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out)
+            for call in calls
+        ]
     assert max(errors) < TOLERANCE, errors
     assert session.summary().recomputed == 0
 
@@ -34,9 +45,19 @@ def test_every_step_equals_the_original(name: str, backend: str, announced: bool
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_action_is_the_originals(name: str) -> None:
     case = load_case(name)
-    schedule = policy_of(name).schedule(int(case.config["steps"]), fastcache.hosts.recognise(golden_model()).layout())
+    schedule = policy_of(name).schedule(
+        int(case.config["steps"]), fastcache.hosts.recognise(golden_model()).layout()
+    )
     for step, letters in zip(schedule.steps, case.actions, strict=True):
         for block, letter in enumerate(letters):
             kinds = [step.actions[index].kind for index, _ in schedule.layout.branches_of(block)]
-            found = "F" if kinds == [Kind.COMPUTE] * 2 else "A" if step.skip else "P" if kinds == [Kind.REUSE, Kind.REFRESH] else "?"
+            found = (
+                "F"
+                if kinds == [Kind.COMPUTE] * 2
+                else "A"
+                if step.skip
+                else "P"
+                if kinds == [Kind.REUSE, Kind.REFRESH]
+                else "?"
+            )
             assert found == letter, (step, block)

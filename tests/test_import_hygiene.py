@@ -1,4 +1,5 @@
 """What importing fastcache needs, what it does not, and whom it leaves alone."""
+
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,23 @@ from processes import ROOT, copied_package, succeeds
 
 # makes packages look as if they were not installed, to `import` and to importlib.util.find_spec
 BLOCK = "import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
-OPTIONAL = ("triton", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "matplotlib", "typer", "rich", "tqdm", "PIL", "kernels", "hypothesis", "pytest", "peft")
+OPTIONAL = (
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "matplotlib",
+    "typer",
+    "rich",
+    "tqdm",
+    "PIL",
+    "kernels",
+    "hypothesis",
+    "pytest",
+    "peft",
+)
 USE = """
 import torch, fastcache
 x = torch.ones(1, 2, 4)
@@ -34,26 +51,36 @@ assert not unwanted, unwanted
 
 
 def test_it_does_not_import_the_parts_that_need_extras() -> None:
-    succeeds(USE + """
+    succeeds(
+        USE
+        + """
 import sys
-unwanted = {"fastcache.workshop.studies", "fastcache.plan.drawing", "fastcache.glyphs", "fastcache.models", "fastcache.cli"} & set(sys.modules)
+parts = ("workshop.studies", "plan.drawing", "glyphs", "models", "cli")
+unwanted = {"fastcache." + part for part in parts} & set(sys.modules)
 assert not unwanted, unwanted
-""")
+"""
+    )
 
 
 def test_importing_it_prints_nothing_and_starts_no_thread() -> None:
-    assert succeeds("""
+    assert (
+        succeeds("""
 import threading, torch
 before = threading.active_count()
 import fastcache
 assert threading.active_count() == before
-""") == ""
+""")
+        == ""
+    )
 
 
 def test_importing_it_changes_no_setting_of_torch() -> None:
     succeeds("""
 import torch
-settings = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.random.get_rng_state().sum().item())
+def settings():
+    state = torch.random.get_rng_state().sum().item()
+    precision = torch.get_float32_matmul_precision()
+    return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), precision, state
 before = settings()
 import fastcache
 assert settings() == before
@@ -84,11 +111,20 @@ else:
 """)
 
 
-@pytest.mark.parametrize("order", [("fastcache", "host"), ("host", "fastcache")], ids=["fastcache-first", "host-first"])
-@pytest.mark.parametrize(("package", "model"), [("transformers", "BertModel"), ("diffusers", "DiTTransformer2DModel")])
-def test_hosts_still_import_from_the_root_of_the_repository(package: str, model: str, order: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "order", [("fastcache", "host"), ("host", "fastcache")], ids=["fastcache-first", "host-first"]
+)
+@pytest.mark.parametrize(
+    ("package", "model"), [("transformers", "BertModel"), ("diffusers", "DiTTransformer2DModel")]
+)
+def test_hosts_still_import_from_the_root_of_the_repository(
+    package: str, model: str, order: tuple[str, str]
+) -> None:
     imports = {"fastcache": "import fastcache", "host": f"from {package} import {model}"}
-    succeeds("\n".join(imports[name] for name in order) + f"\nassert {model}.__module__.startswith({package!r})\nimport kernels\nassert kernels.__file__")
+    succeeds(
+        "\n".join(imports[name] for name in order)
+        + f"\nassert {model}.__module__.startswith({package!r})\nimport kernels\nassert kernels.__file__"
+    )
 
 
 def test_fastcache_kernels_is_a_namespace_package() -> None:
@@ -103,10 +139,16 @@ assert place == (pathlib.Path(fastcache.__file__).resolve().parent.parent / "ker
 def test_it_is_found_from_a_copy_as_an_installed_package_would_be(tmp_path: Path) -> None:
     folder = copied_package(tmp_path)
     (folder / "elsewhere").mkdir()
-    succeeds(f"import sys; sys.path.insert(0, {str(folder)!r})\n{USE}\nimport fastcache.kernels\nassert {str(folder)!r} in fastcache.__file__", folder / "elsewhere")
+    succeeds(
+        f"import sys; sys.path.insert(0, {str(folder)!r})\n{USE}\nimport fastcache.kernels\nassert"
+        f" {str(folder)!r} in fastcache.__file__",
+        folder / "elsewhere",
+    )
 
 
-def test_a_file_that_is_called_fastcache_kernels_can_be_imported_through_the_namespace(tmp_path: Path) -> None:
+def test_a_file_that_is_called_fastcache_kernels_can_be_imported_through_the_namespace(
+    tmp_path: Path,
+) -> None:
     folder = copied_package(tmp_path)
     kernels = folder / "fastcache" / "kernels"
     shutil.rmtree(kernels, ignore_errors=True)

@@ -1,4 +1,5 @@
 """Bad indices on a GPU: the sticky flag of a device, and the session that reads it when it closes."""
+
 import sys
 
 import pytest
@@ -32,8 +33,20 @@ def triton_flag(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     return index_flags.error_flag(CPU)
 
 
-@pytest.mark.parametrize(("bits", "names"), [(0, ""), (1, "gate_index"), (2, "fresh_slots or row_slots"), (3, "gate_index and fresh_slots or row_slots"), (4, "counts"), (8, "index")])
-def test_bits_are_named_by_their_arguments_and_cleared(triton_flag: torch.Tensor, bits: int, names: str) -> None:
+@pytest.mark.parametrize(
+    ("bits", "names"),
+    [
+        (0, ""),
+        (1, "gate_index"),
+        (2, "fresh_slots or row_slots"),
+        (3, "gate_index and fresh_slots or row_slots"),
+        (4, "counts"),
+        (8, "index"),
+    ],
+)
+def test_bits_are_named_by_their_arguments_and_cleared(
+    triton_flag: torch.Tensor, bits: int, names: str
+) -> None:
     triton_flag.fill_(bits)
     assert take_index_errors(CPU) == names
     assert triton_flag.item() == 0 and take_index_errors(CPU) == ""
@@ -70,7 +83,9 @@ def test_asking_does_not_import_triton() -> None:
 
 
 @pytest.mark.parametrize(("bits", "name"), [(1, "gate_index"), (2, "fresh_slots or row_slots")])
-def test_a_session_whose_kernels_met_a_bad_index_raises_when_it_closes(triton_flag: torch.Tensor, bits: int, name: str) -> None:
+def test_a_session_whose_kernels_met_a_bad_index_raises_when_it_closes(
+    triton_flag: torch.Tensor, bits: int, name: str
+) -> None:
     model = small_dit()
     with pytest.raises(SessionError, match=f"^{name}: a kernel on cpu met an index out of range"):
         with accelerate(model, FORA(interval=2), num_steps=8):
@@ -81,9 +96,13 @@ def test_a_session_whose_kernels_met_a_bad_index_raises_when_it_closes(triton_fl
         run(model)
 
 
-def test_the_flag_is_read_when_the_session_closes_and_never_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flag_is_read_when_the_session_closes_and_never_in_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
-    monkeypatch.setattr("fastcache.engine.index_check.take_index_errors", lambda device: asked.append(device) or "")
+    monkeypatch.setattr(
+        "fastcache.engine.index_check.take_index_errors", lambda device: asked.append(device) or ""
+    )
     model = small_dit()
     with accelerate(model, FORA(interval=2), num_steps=8) as session:
         run(model)
@@ -93,15 +112,21 @@ def test_the_flag_is_read_when_the_session_closes_and_never_in_the_loop(monkeypa
     assert asked == [CPU]
 
 
-def test_an_exception_in_the_session_is_the_one_that_is_seen_and_the_bad_index_is_logged(triton_flag: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_in_the_session_is_the_one_that_is_seen_and_the_bad_index_is_logged(
+    triton_flag: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     model = small_dit()
     with pytest.raises(ZeroDivisionError), accelerate(model, FORA(interval=2), num_steps=8):
         triton_flag.fill_(1)
         raise ZeroDivisionError
     assert triton_flag.item() == 0
-    assert caplog.messages and caplog.messages[0].startswith("gate_index: a kernel on cpu met an index out of range")
+    assert caplog.messages and caplog.messages[0].startswith(
+        "gate_index: a kernel on cpu met an index out of range"
+    )
 
 
 def test_a_model_on_several_devices_has_each_of_them_asked() -> None:
-    model = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, device="meta"), torch.nn.Linear(1, 1)])
+    model = torch.nn.ModuleList(
+        [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, device="meta"), torch.nn.Linear(1, 1)]
+    )
     assert devices_of(model) == [CPU, torch.device("meta")]

@@ -1,4 +1,5 @@
 """The cpp backend once more with each set of kernels that this processor can run."""
+
 import ctypes
 import os
 
@@ -40,7 +41,8 @@ def test_an_unknown_set_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_values_lie_within_the_rounding_bounds_and_no_byte_around_is_touched(name: str) -> None:
-    succeeds("""
+    succeeds(
+        """
 import sys, torch
 sys.path.insert(0, "tests")
 torch.set_num_threads(1)
@@ -50,7 +52,9 @@ import test_residual_update as update, test_residual_update_scatter as scatter
 for k, form in enumerate(FORMS.values()):
     for i, precision in enumerate(PRECISIONS.values()):
         verify(form.of(precision), "cpp")
-        verify(replace(form.of(precision), channels=1 + (7 * k + 5 * i) % 40, layout=LAYOUTS[(k + i) % len(LAYOUTS)], offset=(k + i) % 11), "cpp")
+        layout = LAYOUTS[(k + i) % len(LAYOUTS)]
+        channels = 1 + (7 * k + 5 * i) % 40
+        verify(replace(form.of(precision), channels=channels, layout=layout, offset=(k + i) % 11), "cpp")
     for channels in (111, 1160):
         verify(replace(form, channels=channels), "cpp")
 for target in (torch.float16, torch.bfloat16):
@@ -62,9 +66,13 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     update.test_subnormal_numbers_are_not_flushed_to_zero(dtype, "cpp")
     update.test_negative_zero_is_kept_and_only_opposite_zeros_give_positive_zero(dtype, "cpp")
     for channel in update.PLACES:
-        update.test_a_special_value_stays_in_its_element_of_the_sum_and_in_its_row_of_h("features[2]", channel, float("nan"), dtype, "cpp")
+        special = update.test_a_special_value_stays_in_its_element_of_the_sum_and_in_its_row_of_h
+        special("features[2]", channel, float("nan"), dtype, "cpp")
 for slot in scatter.SLOTS[1:]:
     scatter.test_the_store_rounds_any_pattern_of_bits_as_pytorch_does(slot, "cpp")
 for channel in update.PLACES:
-    scatter.test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does(channel, float("nan"), "cpp")
-""", **{VARIABLE: name})
+    special = scatter.test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does
+    special(channel, float("nan"), "cpp")
+""",
+        **{VARIABLE: name},
+    )

@@ -1,4 +1,5 @@
 """The metrics give the values that theory gives."""
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +30,9 @@ def test_psnr_of_identical_pictures_is_infinite():
     assert psnr(torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2), value_range=1).tolist() == [np.inf]
 
 
-@pytest.mark.parametrize("shape, value_range, message", [((2, 4), 1, "^b: expected the shape of a"), ((2, 3), 0, "^value_range")])
+@pytest.mark.parametrize(
+    "shape, value_range, message", [((2, 4), 1, "^b: expected the shape of a"), ((2, 3), 0, "^value_range")]
+)
 def test_psnr_names_the_argument_that_is_wrong(shape, value_range, message):
     with pytest.raises(ValueError, match=message):
         psnr(np.zeros((2, 3)), np.zeros(shape), value_range=value_range)
@@ -70,7 +73,10 @@ def test_frechet_distance_takes_a_single_feature():
     assert frechet_distance([[0.0], [2.0]], [[5.0], [7.0]]) == pytest.approx(25)
 
 
-@pytest.mark.parametrize("a, b, message", [((1, 4), (9, 4), "^features_a"), ((9, 4), (9, 5), "^features_b"), ((9,), (9, 1), "^features_a")])
+@pytest.mark.parametrize(
+    "a, b, message",
+    [((1, 4), (9, 4), "^features_a"), ((9, 4), (9, 5), "^features_b"), ((9,), (9, 1), "^features_a")],
+)
 def test_frechet_distance_names_the_argument_that_is_wrong(a, b, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(np.zeros(a), np.zeros(b))

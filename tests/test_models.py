@@ -1,4 +1,5 @@
 """The reference DiT: shapes, keys, presets, checkpoints, guidance and errors."""
+
 import pytest
 import torch
 
@@ -53,9 +54,12 @@ def test_the_state_dict_has_the_familys_keys_and_shapes():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_its_published_size(name):
-    depth, hidden_size, heads = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}[
-        name.removeprefix("DiT-").split("/")[0]
-    ]
+    depth, hidden_size, heads = {
+        "S": (12, 384, 6),
+        "B": (12, 768, 12),
+        "L": (24, 1024, 16),
+        "XL": (28, 1152, 16),
+    }[name.removeprefix("DiT-").split("/")[0]]
     with torch.device("meta"):
         config = DiT.preset(name, num_classes=7).config
     assert (config.depth, config.hidden_size, config.num_heads) == (depth, hidden_size, heads)
@@ -125,7 +129,9 @@ def test_a_pt_file_comes_back_exactly_with_its_shapes_inferred(tmp_path, wrapper
 
 def test_a_safetensors_file_comes_back_exactly_with_its_own_configuration(tmp_path):
     model = small_model(learn_sigma=False, mlp_ratio=2.0)
-    write_checkpoint(tmp_path / "dit.safetensors", Checkpoint(model.state_dict(), model.config, {"note": "kept"}))
+    write_checkpoint(
+        tmp_path / "dit.safetensors", Checkpoint(model.state_dict(), model.config, {"note": "kept"})
+    )
     loaded = DiT.from_checkpoint(tmp_path / "dit.safetensors")
     assert loaded.config == model.config
     assert torch.equal(loaded(*small_inputs()), model(*small_inputs()))

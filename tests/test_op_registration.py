@@ -1,4 +1,5 @@
 """The operators as PyTorch knows them: schemas, fake kernels, compile, export, loading."""
+
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,13 +13,41 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from cases import FLOAT8, FORMS, PRECISIONS, Call, Form, Precision, assert_same_bits, build, each_form, each_layout
+from cases import (
+    FLOAT8,
+    FORMS,
+    PRECISIONS,
+    Call,
+    Form,
+    Precision,
+    assert_same_bits,
+    build,
+    each_form,
+    each_layout,
+)
 from fastcache.backends import library
 from fastcache.ops import Norm, residual_update, residual_update_scatter_
 from processes import copied_package, fails, succeeds
 
-BUILT = pytest.mark.skipif(not (library.PACKAGE / "lib" / "libfastcache_cpu.so").exists(), reason="no compiled library: fastcache/lib/libfastcache_cpu.so is not built")
-CHECKED = {name: FORMS[name] for name in ("copy", "gated-per-frame", "weighted-gates", "packed-rows-only", "errors-only", "all", "store", "refresh-between", "refresh-all", "store-alone")}
+BUILT = pytest.mark.skipif(
+    not (library.PACKAGE / "lib" / "libfastcache_cpu.so").exists(),
+    reason="no compiled library: fastcache/lib/libfastcache_cpu.so is not built",
+)
+CHECKED = {
+    name: FORMS[name]
+    for name in (
+        "copy",
+        "gated-per-frame",
+        "weighted-gates",
+        "packed-rows-only",
+        "errors-only",
+        "all",
+        "store",
+        "refresh-between",
+        "refresh-all",
+        "store-alone",
+    )
+}
 FLOAT8_FORMS = {name: form for name, form in FORMS.items() if FLOAT8 in (form.feature, form.slot)}
 
 
@@ -33,8 +62,16 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "wide", "swapped"])
-@pytest.mark.parametrize("precision", [PRECISIONS["fp32"], PRECISIONS["bf16"], PRECISIONS["autocast"]], ids=["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("form", [form for name, form in CHECKED.items() if name not in FLOAT8_FORMS], ids=[name for name in CHECKED if name not in FLOAT8_FORMS])
+@pytest.mark.parametrize(
+    "precision",
+    [PRECISIONS["fp32"], PRECISIONS["bf16"], PRECISIONS["autocast"]],
+    ids=["fp32", "bf16", "autocast"],
+)
+@pytest.mark.parametrize(
+    "form",
+    [form for name, form in CHECKED.items() if name not in FLOAT8_FORMS],
+    ids=[name for name in CHECKED if name not in FLOAT8_FORMS],
+)
 def test_opcheck_passes(form: Form, precision: Precision, layout: str) -> None:
     call = build(replace(form, layout=layout, vector_layout="chunk").of(precision))
     opcheck(call.operator, (), call.arguments)
@@ -52,7 +89,13 @@ def test_opcheck_passes_as_far_as_it_can_compare_float8(form: Form, layout: str)
 def test_fake_outputs_have_the_sizes_strides_and_dtypes_of_real_ones(form: Form, layout: str) -> None:
     call = build(replace(form, layout=layout))
     with FakeTensorMode() as mode:
-        fake = Call(form, {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in call.arguments.items()})
+        fake = Call(
+            form,
+            {
+                name: mode.from_tensor(value) if isinstance(value, Tensor) else value
+                for name, value in call.arguments.items()
+            },
+        )
         fake.arguments["features"] = [mode.from_tensor(feature) for feature in call.arguments["features"]]
         imagined = fake.call_registered()
     for one, other in zip(imagined, call.call_registered(), strict=True):
@@ -63,7 +106,10 @@ def test_fake_outputs_have_the_sizes_strides_and_dtypes_of_real_ones(form: Form,
 def test_meta_tensors_give_meta_outputs(form: Form) -> None:
     call = build(form)
     real = call.call_registered()
-    meta = call.given(**{name: value.to("meta") for name, value in call.arguments.items() if isinstance(value, Tensor)}, features=[feature.to("meta") for feature in call.arguments["features"]])
+    meta = call.given(
+        **{name: value.to("meta") for name, value in call.arguments.items() if isinstance(value, Tensor)},
+        features=[feature.to("meta") for feature in call.arguments["features"]],
+    )
     for one, other in zip(meta.call_registered(), real, strict=True):
         assert one.is_meta and one.shape == other.shape
 
@@ -71,8 +117,14 @@ def test_meta_tensors_give_meta_outputs(form: Form) -> None:
 @pytest.mark.parametrize("name", library.OPERATORS)
 def test_only_slots_and_ages_are_declared_as_written(name: str) -> None:
     schema = getattr(torch.ops.fastcache, name).default._schema
-    written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
-    assert written == {"residual_update_scatter_": ["slot", "slot_scale"], "select_tokens_": ["age"]}.get(name, [])
+    written = [
+        argument.name
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    assert written == {"residual_update_scatter_": ["slot", "slot_scale"], "select_tokens_": ["age"]}.get(
+        name, []
+    )
     assert all(result.alias_info is None for result in schema.returns)
 
 
@@ -94,11 +146,21 @@ def test_compiled_calls_give_the_same_bits(form: Form) -> None:
         assert_same_bits(compiled.arguments["slot_scale"], eager.arguments["slot_scale"])
 
 
-def block(x: Tensor, feature: Tensor, slot: Tensor, fresh: Tensor, fresh_slots: Tensor, modulation: Tensor, norm: Norm = Norm.LAYER) -> tuple[Tensor, Tensor]:
+def block(
+    x: Tensor,
+    feature: Tensor,
+    slot: Tensor,
+    fresh: Tensor,
+    fresh_slots: Tensor,
+    modulation: Tensor,
+    norm: Norm = Norm.LAYER,
+) -> tuple[Tensor, Tensor]:
     """Two launches of a block with pointwise work around them."""
     shift, scale, gate = modulation.chunk(3, 1)
     first = residual_update(x * 2, [feature, x], gate, norm=norm, shift=shift, scale=scale)
-    second = residual_update_scatter_(first.x, slot, fresh + 1, fresh_slots, [first.h.sin()], gates=gate, norm=norm, need_x=True)
+    second = residual_update_scatter_(
+        first.x, slot, fresh + 1, fresh_slots, [first.h.sin()], gates=gate, norm=norm, need_x=True
+    )
     return second.x, second.h
 
 
@@ -106,7 +168,14 @@ def block_arguments(batch: int = 2, tokens: int = 6, rows: int = 3) -> tuple[Ten
     random = torch.Generator().manual_seed(batch * 1000 + tokens)
     x, feature, slot = (torch.randn(batch, tokens, 24, generator=random) for _ in range(3))
     fresh = torch.randn(batch, rows, 24, generator=random)
-    return x, feature, slot, fresh, torch.randint(-1, rows, (batch, tokens), generator=random, dtype=torch.int32), torch.randn(batch, 72, generator=random)
+    return (
+        x,
+        feature,
+        slot,
+        fresh,
+        torch.randint(-1, rows, (batch, tokens), generator=random, dtype=torch.int32),
+        torch.randn(batch, 72, generator=random),
+    )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "swapped"])
@@ -175,7 +244,9 @@ def test_inductor_passes_the_slot_itself_and_copies_nothing(dynamic: bool) -> No
 
     x, _, slot, fresh, fresh_slots, _ = block_arguments()
     place = slot.data_ptr()
-    _, codes = run_and_get_code(torch.compile(thrice, fullgraph=True, dynamic=dynamic), x, slot, fresh, fresh_slots)
+    _, codes = run_and_get_code(
+        torch.compile(thrice, fullgraph=True, dynamic=dynamic), x, slot, fresh, fresh_slots
+    )
     body = body_of(codes[-1])
     passed = slots_passed(body)
     assert len(passed) == 3 and len(set(passed)) == 1 and re.fullmatch(r"arg\d+_1", passed[0])
@@ -203,7 +274,9 @@ def test_inductor_writes_a_module_buffer_and_a_float8_slot_in_place() -> None:
 
 
 def test_a_wrong_shape_is_named_while_tracing() -> None:
-    function = torch.compile(lambda x, feature: residual_update(x, [feature]).x, fullgraph=True, backend="aot_eager")
+    function = torch.compile(
+        lambda x, feature: residual_update(x, [feature]).x, fullgraph=True, backend="aot_eager"
+    )
     with pytest.raises(Exception, match=r"features\[0\]: expected \[2, 6, 24\], got \[2, 5, 24\]"):
         function(torch.ones(2, 6, 24), torch.ones(2, 5, 24))
 
@@ -230,12 +303,18 @@ def test_a_compiled_call_sees_new_contents_of_its_weights() -> None:
 
 
 class Exported(torch.nn.Module):
-    def forward(self, x: Tensor, feature: Tensor, slot: Tensor, fresh: Tensor, fresh_slots: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, feature: Tensor, slot: Tensor, fresh: Tensor, fresh_slots: Tensor, modulation: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return block(x, feature, slot, fresh, fresh_slots, modulation)
 
 
 def test_an_exported_program_runs_other_sizes_and_writes_its_slot() -> None:
-    B, N, K = torch.export.Dim("B", min=2, max=64), torch.export.Dim("N", min=2, max=4096), torch.export.Dim("K", min=2, max=4096)
+    B, N, K = (
+        torch.export.Dim("B", min=2, max=64),
+        torch.export.Dim("N", min=2, max=4096),
+        torch.export.Dim("K", min=2, max=4096),
+    )
     shapes = ({0: B, 1: N}, {0: B, 1: N}, {0: B, 1: N}, {0: B, 1: K}, {0: B, 1: N}, {0: B})
     program = torch.export.export(Exported(), block_arguments(3, 8, 4), dynamic_shapes=shapes)
     assert "residual_update_scatter_" in str(program.graph)
@@ -246,7 +325,10 @@ def test_an_exported_program_runs_other_sizes_and_writes_its_slot() -> None:
 
 # --- loading ----------------------------------------------------------------------------------
 
-ONE_CALL = "import torch, fastcache; x = torch.ones(1, 2, 4); assert fastcache.ops.residual_update(x, [x]).x.eq(2).all(); "
+ONE_CALL = (
+    "import torch, fastcache; x = torch.ones(1, 2, 4); assert fastcache.ops.residual_update(x,"
+    " [x]).x.eq(2).all(); "
+)
 
 
 def test_a_second_copy_of_the_package_and_reloads_do_not_crash(tmp_path: Path) -> None:
@@ -289,7 +371,11 @@ def test_a_library_of_another_schema_is_refused_with_the_way_out(tmp_path: Path)
     schema = folder / "fastcache" / "backends" / "schema.def"
     schema.write_text(schema.read_text() + "// edited\n")
     error = fails("import fastcache", folder)
-    assert "ImportError" in error and "was built from another operator schema" in error and "pip install --no-build-isolation" in error
+    assert (
+        "ImportError" in error
+        and "was built from another operator schema" in error
+        and "pip install --no-build-isolation" in error
+    )
 
 
 @BUILT
@@ -297,12 +383,15 @@ def test_a_library_of_another_schema_is_refused_by_every_later_import_too(tmp_pa
     folder = copied_package(tmp_path)
     schema = folder / "fastcache" / "backends" / "schema.def"
     schema.write_text(schema.read_text() + "// edited\n")
-    error = fails("""
+    error = fails(
+        """
 try:
     import fastcache
 except ImportError:
     import fastcache
-""", folder)
+""",
+        folder,
+    )
     assert error.count("was built from another operator schema") == 2
 
 
@@ -313,22 +402,30 @@ def test_a_broken_library_is_refused_with_its_reason(content: bytes, tmp_path: P
     broken.parent.mkdir(exist_ok=True)
     broken.write_bytes(content)
     error = fails("import fastcache", folder)
-    assert "ImportError" in error and re.search(r"libfastcache_cpu.so is there but cannot be loaded: .*(file too short|invalid ELF header)", error)
+    assert "ImportError" in error and re.search(
+        r"libfastcache_cpu.so is there but cannot be loaded: .*(file too short|invalid ELF header)", error
+    )
     succeeds(ONE_CALL, folder, FASTCACHE_NO_COMPILED="1")
 
 
 def test_without_a_library_the_package_runs_in_eager_and_says_why(tmp_path: Path) -> None:
     folder = copied_package(tmp_path, compiled=False)
-    succeeds(ONE_CALL + """
+    succeeds(
+        ONE_CALL
+        + """
 status = fastcache.backends_status()["cpp"]
 assert not status.available and "absent" in status.reason and "pip install" in status.reason, status
 assert fastcache.backends.chosen_name(torch.device("cpu")) == "eager"
 assert torch.ops.fastcache.residual_update(x, [x])[0].eq(2).all()
-""", folder)
+""",
+        folder,
+    )
 
 
 def test_compiled_libraries_can_be_switched_off_and_the_operators_stay_complete() -> None:
-    succeeds(ONE_CALL + """
+    succeeds(
+        ONE_CALL
+        + """
 import sys
 sys.path.insert(0, "tests")
 from torch.library import opcheck
@@ -338,4 +435,6 @@ assert fastcache.backends_status()["cpp"].reason == "switched off by FASTCACHE_N
 for name in ("all", "gated-per-frame", "refresh-all"):
     call = build(FORMS[name])
     opcheck(call.operator, (), call.arguments)
-""", FASTCACHE_NO_COMPILED="1")
+""",
+        FASTCACHE_NO_COMPILED="1",
+    )

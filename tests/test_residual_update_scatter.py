@@ -1,4 +1,5 @@
 """residual_update_scatter_: what is stored, what is added, what must stay untouched."""
+
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import (
-    BACKENDS, FLOAT8, PRECISIONS, REFUSED, SCATTERS, Call, Form, Precision,
-    assert_same_bits, build, each_backend, each_dtype, each_layout, each_precision, each_scatter, exact_modulated, exact_update, laid_out, random_values, verify,
+    BACKENDS,
+    FLOAT8,
+    PRECISIONS,
+    REFUSED,
+    SCATTERS,
+    Call,
+    Form,
+    Precision,
+    assert_same_bits,
+    build,
+    each_backend,
+    each_dtype,
+    each_layout,
+    each_precision,
+    each_scatter,
+    exact_modulated,
+    exact_update,
+    laid_out,
+    random_values,
+    verify,
 )
 from fastcache.ops import Norm, ResidualUpdate
 
@@ -25,10 +44,14 @@ PLAIN_SUMS = EXACT_STORES | {"float8-store": SCATTERS["float8-store"]}
 def of_dtype(form: Form, dtype: torch.dtype) -> Form:
     """The form with one dtype everywhere."""
     name = str(dtype).removeprefix("torch.")
-    return replace(form, x=name, feature=name, vector=name, fresh=name, slot=FLOAT8 if form.slot == FLOAT8 else name)
+    return replace(
+        form, x=name, feature=name, vector=name, fresh=name, slot=FLOAT8 if form.slot == FLOAT8 else name
+    )
 
 
-def updated_by(call: Call, backend: str, newest: torch.Tensor, scales: torch.Tensor | None = None) -> ResidualUpdate:
+def updated_by(
+    call: Call, backend: str, newest: torch.Tensor, scales: torch.Tensor | None = None
+) -> ResidualUpdate:
     """`residual_update` with the slot's term replaced by a plain feature."""
     plain = build(replace(call.form, slot=""))
     position = len(call.arguments["features"]) if call.form.position < 0 else call.form.position
@@ -50,8 +73,17 @@ def test_values_lie_within_the_rounding_bounds(form: Form, precision: Precision,
 
 @each_backend
 @each_precision
-@pytest.mark.parametrize("form", [Form(terms=2, slot="float32", fresh_rows=30, gate="BD"), Form(terms=1, slot=FLOAT8, fresh_rows=30, norm=Norm.LAYER, shift="BD", scale="BD")], ids=["sum", "modulated-float8"])
-def test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form: Form, precision: Precision, backend: str) -> None:
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(terms=2, slot="float32", fresh_rows=30, gate="BD"),
+        Form(terms=1, slot=FLOAT8, fresh_rows=30, norm=Norm.LAYER, shift="BD", scale="BD"),
+    ],
+    ids=["sum", "modulated-float8"],
+)
+def test_the_error_is_at_most_a_tenth_above_that_of_the_definition(
+    form: Form, precision: Precision, backend: str
+) -> None:
     form = replace(form.of(precision), batch=2, tokens=48, channels=1152)
     call, defining = build(form), build(form)
     found, defined = call.run(backend), defining.run("eager")
@@ -59,7 +91,10 @@ def test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form: Form, p
     wanted = {"x": exact, "h": exact_modulated(call, exact) if form.norm else None}
     for name, values in wanted.items():
         if values is not None:
-            error, defined_error = ((getattr(result, name).double() - values).square().mean().sqrt() for result in (found, defined))
+            error, defined_error = (
+                (getattr(result, name).double() - values).square().mean().sqrt()
+                for result in (found, defined)
+            )
             assert values.numel() >= 1e5 and defined_error > 0
             assert error <= 1.1 * defined_error
 
@@ -68,8 +103,12 @@ def test_the_error_is_at_most_a_tenth_above_that_of_the_definition(form: Form, p
 @pytest.mark.parametrize("slot", SLOTS)
 @pytest.mark.parametrize("fresh", SLOTS[:3])
 @pytest.mark.parametrize("x", SLOTS[:3])
-def test_stream_slot_and_fresh_rows_may_have_different_dtypes(x: str, fresh: str, slot: str, backend: str) -> None:
-    verify(Form(terms=0, x=x, vector=x, fresh=fresh, slot=slot, fresh_rows=3, gate="BD", channels=37), backend)
+def test_stream_slot_and_fresh_rows_may_have_different_dtypes(
+    x: str, fresh: str, slot: str, backend: str
+) -> None:
+    verify(
+        Form(terms=0, x=x, vector=x, fresh=fresh, slot=slot, fresh_rows=3, gate="BD", channels=37), backend
+    )
 
 
 @each_backend
@@ -80,17 +119,35 @@ def test_strided_values_lie_within_the_rounding_bounds(form: Form, layout: str, 
 
 
 @each_backend
-@pytest.mark.parametrize("form", [EVERYTHING, SCATTERS["float8-refresh"], SCATTERS["store"]], ids=["refresh-all", "float8-refresh", "store"])
+@pytest.mark.parametrize(
+    "form",
+    [EVERYTHING, SCATTERS["float8-refresh"], SCATTERS["store"]],
+    ids=["refresh-all", "float8-refresh", "store"],
+)
 @pytest.mark.parametrize("precision", [PRECISIONS["fp32"], PRECISIONS["bf16"]], ids=["fp32", "bf16"])
-def test_misaligned_slots_are_written_and_nothing_around_them(precision: Precision, form: Form, backend: str) -> None:
+def test_misaligned_slots_are_written_and_nothing_around_them(
+    precision: Precision, form: Form, backend: str
+) -> None:
     for offset in range(41):
-        verify(replace(form.of(precision), channels=111, tokens=3, fresh_rows=form.fresh_rows and 2, rows=form.rows and 2, offset=offset), backend)
+        verify(
+            replace(
+                form.of(precision),
+                channels=111,
+                tokens=3,
+                fresh_rows=form.fresh_rows and 2,
+                rows=form.rows and 2,
+                offset=offset,
+            ),
+            backend,
+        )
 
 
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("channels", [1, 2, 8, 15, 16, 17, 33, 111, 769, 1152, 1160, 1536, 5125])
-@pytest.mark.parametrize("form", [EVERYTHING, SCATTERS["float8-refresh"]], ids=["refresh-all", "float8-refresh"])
+@pytest.mark.parametrize(
+    "form", [EVERYTHING, SCATTERS["float8-refresh"]], ids=["refresh-all", "float8-refresh"]
+)
 def test_any_number_of_channels(form: Form, channels: int, dtype: torch.dtype, backend: str) -> None:
     verify(of_dtype(replace(form, batch=1, tokens=5, channels=channels), dtype), backend)
 
@@ -148,14 +205,20 @@ def test_the_store_is_a_copy_with_one_rounding(slot: str, dtype: torch.dtype, ba
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])
-def test_a_float8_row_is_within_its_rounding_of_the_fresh_row_and_uses_the_whole_range(magnitude: float, dtype: torch.dtype, backend: str) -> None:
+def test_a_float8_row_is_within_its_rounding_of_the_fresh_row_and_uses_the_whole_range(
+    magnitude: float, dtype: torch.dtype, backend: str
+) -> None:
     call = build(of_dtype(replace(SCATTERS["float8-store"], channels=97), dtype))
     a = call.arguments
     a["fresh"].mul_(magnitude)
     call.run(backend)
     stored, fresh, scale = a["slot"].double(), a["fresh"].double(), a["slot_scale"].double()[..., None]
     # three bits of mantissa; below 2^-6 the steps are 2^-9; the scale itself is rounded
-    assert bool(((stored * scale - fresh).abs() <= 1.001 * torch.maximum(2.0**-4 * fresh.abs(), 2.0**-10 * scale)).all())
+    assert bool(
+        (
+            (stored * scale - fresh).abs() <= 1.001 * torch.maximum(2.0**-4 * fresh.abs(), 2.0**-10 * scale)
+        ).all()
+    )
     assert bool((stored.abs().amax(-1) == 448).all())
 
 
@@ -182,7 +245,9 @@ def test_rows_without_a_fresh_row_keep_their_float8_scale(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("channel", [0, 15, 16, 36])
-def test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does(channel: int, value: float, backend: str) -> None:
+def test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does(
+    channel: int, value: float, backend: str
+) -> None:
     stored = []
     for name in (backend, "eager"):
         call = build(replace(SCATTERS["float8-store"], channels=37))
@@ -196,16 +261,26 @@ def test_a_special_value_in_a_float8_row_is_stored_as_the_definition_does(channe
 @each_backend
 @pytest.mark.parametrize("slot", [FLOAT8, "float16", "bfloat16"])
 def test_the_store_rounds_any_pattern_of_bits_as_pytorch_does(slot: str, backend: str) -> None:
-    patterns = torch.randint(-(2**31), 2**31, (2**17,), generator=torch.Generator().manual_seed(1), dtype=torch.int64)
-    if slot == FLOAT8:  # magnitudes of float8 and ties between its neighbours; 448 in each row makes the scale one
-        patterns = torch.cat([torch.arange(0x3A000000, 0x43E00000, 2**10), torch.arange(0x3A000000, 0x43E00000, 2**19) + 2**19])
+    patterns = torch.randint(
+        -(2**31), 2**31, (2**17,), generator=torch.Generator().manual_seed(1), dtype=torch.int64
+    )
+    if (
+        slot == FLOAT8
+    ):  # magnitudes of float8 and ties between its neighbours; 448 in each row makes the scale one
+        patterns = torch.cat(
+            [torch.arange(0x3A000000, 0x43E00000, 2**10), torch.arange(0x3A000000, 0x43E00000, 2**19) + 2**19]
+        )
     else:  # NaN of every kind: quiet and signalling, with payloads in high and low bits
-        patterns = torch.cat([patterns, 0x7F800000 + 2 ** torch.arange(23), 0x7FC00000 + 2 ** torch.arange(22)])
+        patterns = torch.cat(
+            [patterns, 0x7F800000 + 2 ** torch.arange(23), 0x7FC00000 + 2 ** torch.arange(22)]
+        )
     values = patterns.to(torch.int32).view(torch.float32)
     values = F.pad(values, (0, -values.numel() % 63)).reshape(1, -1, 63)
     values = torch.cat([torch.full((1, values.shape[1], 1), 448.0), values], -1)
     values[:, 1::2] *= -1 if slot == FLOAT8 else 1
-    call = build(Form(batch=1, tokens=values.shape[1], channels=64, terms=0, slot=slot, need_x=False)).given(fresh=values)
+    call = build(Form(batch=1, tokens=values.shape[1], channels=64, terms=0, slot=slot, need_x=False)).given(
+        fresh=values
+    )
     call.run(backend)
     found, expected = call.arguments["slot"], values.to(getattr(torch, slot))
     nan = torch.isnan(values)
@@ -217,7 +292,10 @@ def test_the_store_rounds_any_pattern_of_bits_as_pytorch_does(slot: str, backend
 @each_backend
 def test_rows_that_are_not_packed_and_not_summed_are_still_stored(backend: str) -> None:
     call = build(replace(SCATTERS["store-without-x"], rows=1))
-    call = call.given(row_slots=torch.tensor([[-1, -1, -1, 0, -1, -1]] * 2, dtype=torch.int32), fresh_slots=torch.tensor([[0, 1, 2, -1, 0, 1]] * 2, dtype=torch.int32))
+    call = call.given(
+        row_slots=torch.tensor([[-1, -1, -1, 0, -1, -1]] * 2, dtype=torch.int32),
+        fresh_slots=torch.tensor([[0, 1, 2, -1, 0, 1]] * 2, dtype=torch.int32),
+    )
     call.run(backend)
     assert_same_bits(call.arguments["slot"][:, [0, 1, 2, 4, 5]], call.arguments["fresh"][:, [0, 1, 2, 0, 1]])
 
@@ -227,7 +305,9 @@ def test_rows_that_are_not_packed_and_not_summed_are_still_stored(backend: str) 
 
 @each_backend
 @pytest.mark.parametrize("slot", SLOTS)
-def test_what_an_unwritten_slot_holds_does_not_matter_once_every_row_is_fresh(slot: str, backend: str) -> None:
+def test_what_an_unwritten_slot_holds_does_not_matter_once_every_row_is_fresh(
+    slot: str, backend: str
+) -> None:
     call = build(Form(terms=0, slot=slot, gate="BD"))
     expected = build(Form(terms=0, slot=slot, gate="BD")).run(backend)
     call.arguments["slot"].view(torch.uint8).fill_(0xFF)
@@ -262,7 +342,9 @@ def test_nan_in_a_fresh_row_stays_with_the_tokens_that_take_it(channel: int, bac
 @each_backend
 @each_precision
 @pytest.mark.parametrize("form", EXACT_STORES.values(), ids=EXACT_STORES)
-def test_with_every_row_fresh_it_is_an_update_with_the_fresh_feature(form: Form, precision: Precision, backend: str) -> None:
+def test_with_every_row_fresh_it_is_an_update_with_the_fresh_feature(
+    form: Form, precision: Precision, backend: str
+) -> None:
     call = build(replace(form, fresh_rows=None).of(precision))
     expected = updated_by(call, backend, call.arguments["fresh"])
     found = call.run(backend)
@@ -271,8 +353,12 @@ def test_with_every_row_fresh_it_is_an_update_with_the_fresh_feature(form: Form,
 
 @each_backend
 @each_precision
-@pytest.mark.parametrize("name", ["refresh", "refresh-after-terms", "refresh-first", "refresh-modulated", "refresh-all"])
-def test_with_no_row_fresh_it_is_an_update_with_the_slot(name: str, precision: Precision, backend: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["refresh", "refresh-after-terms", "refresh-first", "refresh-modulated", "refresh-all"]
+)
+def test_with_no_row_fresh_it_is_an_update_with_the_slot(
+    name: str, precision: Precision, backend: str
+) -> None:
     call = build(SCATTERS[name].of(precision))
     call = call.given(fresh_slots=torch.full((2, 6), -1, dtype=torch.int32))
     before = call.arguments["slot"].clone()
@@ -317,7 +403,10 @@ def test_the_map_of_all_rows_in_order_equals_no_map(slot: str, backend: str) -> 
 
 @each_backend
 def test_position_minus_one_is_the_last_term(backend: str) -> None:
-    assert_same_bits(build(replace(EVERYTHING, position=-1)).run(backend), build(replace(EVERYTHING, position=3)).run(backend))
+    assert_same_bits(
+        build(replace(EVERYTHING, position=-1)).run(backend),
+        build(replace(EVERYTHING, position=3)).run(backend),
+    )
 
 
 @each_backend
@@ -366,7 +455,8 @@ def test_outputs_share_memory_with_nothing(form: Form, backend: str) -> None:
     assert all(memory.count(output.untyped_storage().data_ptr()) == 1 for output in result)
 
 
-# how an input may lie in the memory of the slot [B, N, D]: all of it, one token further, or other shapes and strides
+# how an input may lie in the memory of the slot [B, N, D]: all of it, one token further, or other shapes and
+# strides
 SHARED_MEMORY = {
     "same": ("x", "fresh", "features", "gates", "shift", "scale", "reference"),
     "shifted": ("x", "fresh", "features", "gates", "shift", "scale", "reference"),
@@ -382,7 +472,9 @@ def overlapping(call: Call, memory: str) -> Tensor:
     slot, buffer = call.arguments["slot"], call.buffers["slot"]
     return {
         "same": lambda: slot,
-        "shifted": lambda: buffer.as_strided(slot.shape, slot.stride(), slot.storage_offset() + slot.stride(1)),
+        "shifted": lambda: buffer.as_strided(
+            slot.shape, slot.stride(), slot.storage_offset() + slot.stride(1)
+        ),
         "swapped": lambda: buffer.as_strided(slot.shape, (24, 48, 1), slot.storage_offset()),
         "one-token": lambda: slot[:1, 3:4].expand_as(slot),
         "rows": lambda: slot[:, 2],
@@ -391,9 +483,22 @@ def overlapping(call: Call, memory: str) -> Tensor:
 
 
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
-@pytest.mark.parametrize(("memory", "name"), [(memory, name) for memory, names in SHARED_MEMORY.items() for name in names])
-def test_a_slot_that_overlaps_an_input_is_refused_or_gives_the_result_of_copies(memory: str, name: str, caller: str) -> None:
-    form = Form(terms=1, slot="float32", gate="BND", norm=Norm.LAYER, shift="BND", scale="BND", affine=True, reference=True)
+@pytest.mark.parametrize(
+    ("memory", "name"), [(memory, name) for memory, names in SHARED_MEMORY.items() for name in names]
+)
+def test_a_slot_that_overlaps_an_input_is_refused_or_gives_the_result_of_copies(
+    memory: str, name: str, caller: str
+) -> None:
+    form = Form(
+        terms=1,
+        slot="float32",
+        gate="BND",
+        norm=Norm.LAYER,
+        shift="BND",
+        scale="BND",
+        affine=True,
+        reference=True,
+    )
     shared, copies = build(form), build(form)
     for call in (shared, copies):
         call.buffers["slot"][-64:] = 0.5  # sentinels that a shifted view reads
@@ -425,8 +530,14 @@ def test_a_slot_whose_rows_share_memory_is_refused_by_name(shape: tuple[int, ...
 @each_backend
 def test_layers_of_one_buffer_are_not_taken_for_overlapping(backend: str) -> None:
     buffer = random_values((2, 3, 6, 24), "float32", 1)
-    call = build(Form(terms=1, slot="float32", fresh_rows=3)).given(slot=buffer[:, 1], features=[buffer[:, 0]])
-    expected = build(Form(terms=1, slot="float32", fresh_rows=3)).given(slot=buffer[:, 1].clone(), features=[buffer[:, 0].clone()]).run(backend)
+    call = build(Form(terms=1, slot="float32", fresh_rows=3)).given(
+        slot=buffer[:, 1], features=[buffer[:, 0]]
+    )
+    expected = (
+        build(Form(terms=1, slot="float32", fresh_rows=3))
+        .given(slot=buffer[:, 1].clone(), features=[buffer[:, 0].clone()])
+        .run(backend)
+    )
     others = buffer[:, [0, 2]].clone()
     assert_same_bits(call.run(backend), expected)
     assert_same_bits(buffer[:, [0, 2]], others)
@@ -435,9 +546,26 @@ def test_layers_of_one_buffer_are_not_taken_for_overlapping(backend: str) -> Non
 # --- modes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["x", "slot", "fresh", "features[0]", "gates", "weights", "shift", "scale", "norm_weight", "norm_bias", "reference"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x",
+        "slot",
+        "fresh",
+        "features[0]",
+        "gates",
+        "weights",
+        "shift",
+        "scale",
+        "norm_weight",
+        "norm_bias",
+        "reference",
+    ],
+)
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
-def test_an_input_that_requires_grad_is_refused_in_grad_mode_and_nothing_is_stored(caller: str, name: str) -> None:
+def test_an_input_that_requires_grad_is_refused_in_grad_mode_and_nothing_is_stored(
+    caller: str, name: str
+) -> None:
     call = build(EVERYTHING)
     before = call.snapshot()
     call.tensors()[name].requires_grad_()
@@ -512,11 +640,17 @@ WRONG = {
     "fresh-stride": ("fresh", lambda a: {"fresh": transposed(a["fresh"])}),
     "fresh-slots-shape": ("fresh_slots", lambda a: {"fresh_slots": a["fresh_slots"][:, 1:]}),
     "fresh-slots-dtype": ("fresh_slots", lambda a: {"fresh_slots": a["fresh_slots"].long()}),
-    "fresh-slots-high": ("fresh_slots", lambda a: {"fresh_slots": torch.full((2, 6), a["fresh"].shape[1], dtype=torch.int32)}),
+    "fresh-slots-high": (
+        "fresh_slots",
+        lambda a: {"fresh_slots": torch.full((2, 6), a["fresh"].shape[1], dtype=torch.int32)},
+    ),
     "fresh-slots-low": ("fresh_slots", lambda a: {"fresh_slots": torch.full((2, 6), -2, dtype=torch.int32)}),
     "position-high": ("position", lambda a: {"position": len(a["features"]) + 1}),
     "position-low": ("position", lambda a: {"position": -2}),
-    "feature-shape": ("features[1]", lambda a: {"features": [a["features"][0], a["features"][1][:1], *a["features"][2:]]}),
+    "feature-shape": (
+        "features[1]",
+        lambda a: {"features": [a["features"][0], a["features"][1][:1], *a["features"][2:]]},
+    ),
     "gate-index-high": ("gate_index", lambda a: {"gate_index": torch.full_like(a["gate_index"], 3)}),
     "gate-index-length": ("gate_index", lambda a: {"gate_index": a["gate_index"][1:]}),
     "weights-length": ("weights", lambda a: {"weights": torch.ones(1)}),
@@ -525,17 +659,31 @@ WRONG = {
     "row-slots-low": ("row_slots", lambda a: {"row_slots": torch.full((2, 6), -7, dtype=torch.int32)}),
     "reference-shape": ("reference", lambda a: {"reference": torch.ones(2, 6, 25)}),
     "scale-shape": ("scale", lambda a: {"scale": torch.ones(23)}),
-    "slot-scale-unwanted": ("slot_scale", lambda a: {"slot": a["slot"].float(), "slot_scale": torch.ones(2, 6)}),
-    "slot-scale-absent": ("slot_scale", lambda a: {"slot": a["slot"].to(torch.float8_e4m3fn), "slot_scale": None}),
-    "slot-scale-shape": ("slot_scale", lambda a: {"slot": a["slot"].to(torch.float8_e4m3fn), "slot_scale": torch.ones(2, 5)}),
-    "slot-scale-dtype": ("slot_scale", lambda a: {"slot": a["slot"].to(torch.float8_e4m3fn), "slot_scale": torch.ones(2, 6).half()}),
+    "slot-scale-unwanted": (
+        "slot_scale",
+        lambda a: {"slot": a["slot"].float(), "slot_scale": torch.ones(2, 6)},
+    ),
+    "slot-scale-absent": (
+        "slot_scale",
+        lambda a: {"slot": a["slot"].to(torch.float8_e4m3fn), "slot_scale": None},
+    ),
+    "slot-scale-shape": (
+        "slot_scale",
+        lambda a: {"slot": a["slot"].to(torch.float8_e4m3fn), "slot_scale": torch.ones(2, 5)},
+    ),
+    "slot-scale-dtype": (
+        "slot_scale",
+        lambda a: {"slot": a["slot"].to(torch.float8_e4m3fn), "slot_scale": torch.ones(2, 6).half()},
+    ),
 }
 
 
 @pytest.mark.parametrize("caller", [*BACKENDS, "registered"])
 @pytest.mark.parametrize("form", [EVERYTHING, FLOAT8_FORM], ids=["float32", "float8"])
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
-def test_a_wrong_argument_is_named_in_the_error_and_nothing_is_stored(case: tuple[str, Callable], form: Form, caller: str) -> None:
+def test_a_wrong_argument_is_named_in_the_error_and_nothing_is_stored(
+    case: tuple[str, Callable], form: Form, caller: str
+) -> None:
     name, change = case
     call = build(form)
     before = call.snapshot()

@@ -1,4 +1,5 @@
 """Sampling: pictures depend on seed and index alone, guidance and schedulers do what they say."""
+
 import pytest
 import torch
 
@@ -7,7 +8,9 @@ from fastcache.models import DiT
 from fastcache.workshop.sampling import SCHEDULERS, Diffusion, PictureNoise, make_scheduler, sample
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under numpy 2
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # diffusers under numpy 2
 
 
 def small_model(learn_sigma: bool = False) -> DiT:
@@ -83,7 +86,13 @@ def test_a_model_that_learns_its_variance_is_sampled_too(scheduler):
 
 def test_finished_batches_are_handed_out_with_their_indices():
     handed = []
-    pictures = quick(small_model(), [0, 1, 2], indices=[4, 7, 9], batch_size=2, on_batch=lambda *batch: handed.append(batch))
+    pictures = quick(
+        small_model(),
+        [0, 1, 2],
+        indices=[4, 7, 9],
+        batch_size=2,
+        on_batch=lambda *batch: handed.append(batch),
+    )
     assert [list(indices) for indices, _ in handed] == [[4, 7], [9]]
     assert torch.equal(torch.cat([batch for _, batch in handed]), pictures)
 
@@ -103,7 +112,15 @@ def test_a_policy_that_recomputes_every_step_changes_nothing_and_reports_itself(
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_under_a_caching_policy_every_scheduler_gives_finite_pictures_near_the_uncached_ones(scheduler):
     model = small_model()
-    found = sample(model, [0, 1, 2], steps=12, policy=fastcache.FORA(interval=2), scheduler=scheduler, batch_size=2, progress=False)
+    found = sample(
+        model,
+        [0, 1, 2],
+        steps=12,
+        policy=fastcache.FORA(interval=2),
+        scheduler=scheduler,
+        batch_size=2,
+        progress=False,
+    )
     uncached = quick(model, [0, 1, 2], scheduler=scheduler, steps=12, batch_size=2)
     assert 0 < (found.pictures - uncached).norm() < 0.5 * uncached.norm()
     assert found.summary.steps["reuse"].count == 2 * 5

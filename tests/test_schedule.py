@@ -1,4 +1,5 @@
 """Actions, plans and schedules: text forms, costs, checks, drawing."""
+
 import json
 
 import pytest
@@ -7,10 +8,39 @@ import fastcache
 from fastcache.errors import ScheduleError
 from fastcache.hosts import recognise
 from fastcache.models import DiT
-from fastcache.schedule import COMPUTE, REUSE, Action, Branch, Kind, Layout, Schedule, Score, Selection, StepPlan, forecast, full_step, refresh, skip_step, uniform_step
+from fastcache.schedule import (
+    COMPUTE,
+    REUSE,
+    Action,
+    Branch,
+    Kind,
+    Layout,
+    Schedule,
+    Score,
+    Selection,
+    StepPlan,
+    forecast,
+    full_step,
+    refresh,
+    skip_step,
+    uniform_step,
+)
 from hosts import small_dit
 
-LAYOUT = Layout("test", tokens=10, width=4, heads=2, branches=(Branch(0, "attn", 100, 3), Branch(0, "mlp", 200), Branch(1, "attn", 100, 3), Branch(1, "mlp", 200)), fixed_flops=7, modulation_flops=11)
+LAYOUT = Layout(
+    "test",
+    tokens=10,
+    width=4,
+    heads=2,
+    branches=(
+        Branch(0, "attn", 100, 3),
+        Branch(0, "mlp", 200),
+        Branch(1, "attn", 100, 3),
+        Branch(1, "mlp", 200),
+    ),
+    fixed_flops=7,
+    modulation_flops=11,
+)
 
 
 @pytest.mark.parametrize("action", [COMPUTE, REUSE, refresh(0), refresh(21), forecast(0), forecast(4)])
@@ -24,9 +54,16 @@ def test_a_malformed_code_is_an_error(code: str) -> None:
         Action.from_code(code)
 
 
-@pytest.mark.parametrize(("actions", "kind"), [
-    ((COMPUTE,) * 4, "full"), ((REUSE,) * 4, "reuse"), ((REUSE, refresh(2), REUSE, refresh(3)), "partial"), ((forecast(1), REUSE, REUSE, REUSE), "forecast"), ((COMPUTE, REUSE, REUSE, REUSE), "mixed"),
-])
+@pytest.mark.parametrize(
+    ("actions", "kind"),
+    [
+        ((COMPUTE,) * 4, "full"),
+        ((REUSE,) * 4, "reuse"),
+        ((REUSE, refresh(2), REUSE, refresh(3)), "partial"),
+        ((forecast(1), REUSE, REUSE, REUSE), "forecast"),
+        ((COMPUTE, REUSE, REUSE, REUSE), "mixed"),
+    ],
+)
 def test_the_kind_of_a_step_follows_from_its_actions(actions, kind) -> None:
     assert StepPlan(LAYOUT, actions).kind == kind
 
@@ -42,7 +79,11 @@ def test_flops_count_what_is_computed() -> None:
 
 def test_ideal_speedup_is_uncached_over_planned() -> None:
     schedule = Schedule(LAYOUT, (full_step(LAYOUT), skip_step(LAYOUT)))
-    assert schedule.ideal_speedup() == schedule.uncached_flops() / schedule.flops() == 2 * full_step(LAYOUT).flops() / (full_step(LAYOUT).flops() + 7)
+    assert (
+        schedule.ideal_speedup()
+        == schedule.uncached_flops() / schedule.flops()
+        == 2 * full_step(LAYOUT).flops() / (full_step(LAYOUT).flops() + 7)
+    )
 
 
 def test_flops_of_a_dit_equal_a_count_of_its_matrix_multiplies() -> None:
@@ -69,7 +110,19 @@ def test_dit_xl_2_costs_what_is_published() -> None:
 
 
 def test_a_schedule_survives_json(tmp_path) -> None:
-    schedule = Schedule(LAYOUT, (full_step(LAYOUT), uniform_step(LAYOUT, REUSE), StepPlan(LAYOUT, (REUSE, refresh(4), forecast(1), COMPUTE)), skip_step(LAYOUT), StepPlan(LAYOUT, (COMPUTE, COMPUTE, REUSE, REUSE), skip=True)), "custom", {"interval": 3}, Selection(Score.ATTENTION, 0.25 / 3, 2, 0.6))
+    schedule = Schedule(
+        LAYOUT,
+        (
+            full_step(LAYOUT),
+            uniform_step(LAYOUT, REUSE),
+            StepPlan(LAYOUT, (REUSE, refresh(4), forecast(1), COMPUTE)),
+            skip_step(LAYOUT),
+            StepPlan(LAYOUT, (COMPUTE, COMPUTE, REUSE, REUSE), skip=True),
+        ),
+        "custom",
+        {"interval": 3},
+        Selection(Score.ATTENTION, 0.25 / 3, 2, 0.6),
+    )
     assert Schedule.from_json(schedule.to_json()) == schedule
     schedule.save(tmp_path / "schedule.json")
     assert Schedule.load(tmp_path / "schedule.json") == schedule
@@ -90,9 +143,16 @@ def test_a_skipped_step_costs_the_blocks_that_compute_in_it() -> None:
     assert skipped.flops() - skip_step(LAYOUT).flops() == (full.flops() - skip_step(LAYOUT).flops()) // 2
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"format": "other"}, "format"), ({"steps": ["C C"]}, r"steps\[0\]: actions: expected one per branch \(4\), got 2"), ({"steps": []}, "at least one step"), ({"layout": {"family": "x"}}, "malformed"), ({"steps": ["C C C Q"]}, r"steps\[0\]: action"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "format"),
+        ({"steps": ["C C"]}, r"steps\[0\]: actions: expected one per branch \(4\), got 2"),
+        ({"steps": []}, "at least one step"),
+        ({"layout": {"family": "x"}}, "malformed"),
+        ({"steps": ["C C C Q"]}, r"steps\[0\]: action"),
+    ],
+)
 def test_a_malformed_schedule_names_the_entry(change: dict, message: str) -> None:
     good = json.loads(Schedule(LAYOUT, (full_step(LAYOUT),)).to_json())
     with pytest.raises(ScheduleError, match=message):
@@ -106,7 +166,13 @@ def test_a_plan_of_another_layout_is_refused() -> None:
 
 
 def test_tokens_and_orders_belong_to_their_actions() -> None:
-    for arguments in ({"kind": Kind.REUSE, "tokens": 3}, {"kind": Kind.REFRESH}, {"kind": Kind.FORECAST}, {"kind": Kind.COMPUTE, "order": 1}, {"kind": Kind.REFRESH, "tokens": -1}):
+    for arguments in (
+        {"kind": Kind.REUSE, "tokens": 3},
+        {"kind": Kind.REFRESH},
+        {"kind": Kind.FORECAST},
+        {"kind": Kind.COMPUTE, "order": 1},
+        {"kind": Kind.REFRESH, "tokens": -1},
+    ):
         with pytest.raises(ScheduleError):
             Action(**arguments)
 

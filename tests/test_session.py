@@ -1,4 +1,5 @@
 """Generations: steps, resets, calls per step, shapes, devices of knowledge."""
+
 import copy
 import threading
 
@@ -157,7 +158,10 @@ def test_two_calls_a_step_keep_two_sets_of_features(backend, declared) -> None:
     model = small_dit()
     with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=declared) as session, torch.no_grad():
         for _ in range(2):
-            found = [(model(x, t, y), model(x, t, torch.full_like(y, CLASSES))) for x, t, y in (inputs(step) for step in range(STEPS))]
+            found = [
+                (model(x, t, y), model(x, t, torch.full_like(y, CLASSES)))
+                for x, t, y in (inputs(step) for step in range(STEPS))
+            ]
     assert_close([cond for cond, _ in found], reference(model, FULL))
     assert session.summary().generations == 2
     with torch.no_grad():
@@ -193,7 +197,12 @@ def test_a_skipped_step_hands_back_the_last_trunk_output(backend) -> None:
     layout = recognise(model).layout()
     seen = []
     model.final_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    with fastcache.accelerate(model, Schedule(layout, (full_step(layout), skip_step(layout), uniform_step(layout, REUSE)))) as session, torch.no_grad():
+    with (
+        fastcache.accelerate(
+            model, Schedule(layout, (full_step(layout), skip_step(layout), uniform_step(layout, REUSE)))
+        ) as session,
+        torch.no_grad(),
+    ):
         for step in range(3):
             model(*inputs(step))
     assert torch.equal(seen[0], seen[1])
@@ -205,7 +214,12 @@ def test_a_plan_may_mix_actions_within_a_step(backend) -> None:
     model = small_dit()
     layout = recognise(model).layout()
     mixed = StepPlan(layout, tuple(COMPUTE if index % 3 else REUSE for index in range(len(layout.branches))))
-    with fastcache.accelerate(model, Schedule(layout, (full_step(layout), mixed)), calls_per_step=1) as session, torch.no_grad():
+    with (
+        fastcache.accelerate(
+            model, Schedule(layout, (full_step(layout), mixed)), calls_per_step=1
+        ) as session,
+        torch.no_grad(),
+    ):
         first, second = model(*inputs(0)), model(*inputs(0))
     assert_close([second], [first])  # the same input: what is recomputed equals what is stored
     assert session.summary().steps["mixed"].count == 1

@@ -1,4 +1,5 @@
 """ResidualStream against the plain equations, and its promise of one launch."""
+
 import itertools
 from collections.abc import Callable
 
@@ -126,7 +127,14 @@ def test_the_stream_gives_the_bits_of_the_operators(backend: str) -> None:
         stream.add(first, gates, gate_row=4)
         stream.add(second, weight=0.5)
         h = stream.modulated()
-        expected = residual_update(x, [first, second], gates, gate_index=torch.tensor([4, -1], dtype=torch.int32), weights=torch.tensor([1.0, 0.5]), norm=Norm.LAYER)
+        expected = residual_update(
+            x,
+            [first, second],
+            gates,
+            gate_index=torch.tensor([4, -1], dtype=torch.int32),
+            weights=torch.tensor([1.0, 0.5]),
+            norm=Norm.LAYER,
+        )
     assert_same_bits((stream.value(), h), (expected.x, expected.h))
 
 
@@ -139,7 +147,9 @@ def test_two_kinds_of_gates_go_together(first: str, second: str, backend: str, l
 
 @each_backend
 @pytest.mark.parametrize("weighted", [False, True])
-def test_every_kind_of_gate_goes_together_in_one_launch(weighted: bool, backend: str, launches: list[str]) -> None:
+def test_every_kind_of_gate_goes_together_in_one_launch(
+    weighted: bool, backend: str, launches: list[str]
+) -> None:
     kinds = [kind for kind in GATES if kind != "two-frames"]  # 2 and 3 frames together are tested above
     check_gates(tuple(kinds), backend, weighted)
     assert launches == ["residual_update"]
@@ -173,7 +183,9 @@ def test_one_tensor_as_a_gate_and_as_rows_of_gates(backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("dtypes", list(itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2)), ids=str)
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2)), ids=str
+)
 def test_gates_of_different_dtypes_go_together(dtypes: tuple[torch.dtype, torch.dtype], backend: str) -> None:
     x, feature = tensor(B, N, D), tensor(B, N, D, seed=1)
     gates = [tensor(B, D, seed=2 + j, dtype=dtype) for j, dtype in enumerate(dtypes)]
@@ -182,7 +194,9 @@ def test_gates_of_different_dtypes_go_together(dtypes: tuple[torch.dtype, torch.
         for gate in gates:
             stream.add(feature, gate)
         found = stream.value()
-    torch.testing.assert_close(found, x + sum(gate.float()[:, None] for gate in gates) * feature, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, x + sum(gate.float()[:, None] for gate in gates) * feature, rtol=1e-5, atol=1e-5
+    )
 
 
 @each_backend
@@ -203,14 +217,18 @@ def test_features_of_different_dtypes_go_in_one_launch_each(backend: str, launch
 
 @each_backend
 @pytest.mark.parametrize(("terms", "expected"), [(1024, 1), (1025, 2), (2050, 3)])
-def test_more_terms_than_one_launch_holds(terms: int, expected: int, backend: str, launches: list[str]) -> None:
+def test_more_terms_than_one_launch_holds(
+    terms: int, expected: int, backend: str, launches: list[str]
+) -> None:
     x, features, gates = tensor(1, 2, 8), tensor(terms, 1, 2, 8, seed=1), tensor(terms, 1, 8, seed=2)
     with use_backend(backend):
         stream = ResidualStream(x)
         for j in range(terms):
             stream.add(features[j], gates, gate_row=j)
         found = stream.value()
-    torch.testing.assert_close(found.double(), x.double() + (gates[:, :, None].double() * features).sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.double(), x.double() + (gates[:, :, None].double() * features).sum(0), rtol=1e-4, atol=1e-4
+    )
     assert len(launches) == expected
 
 
@@ -235,7 +253,9 @@ def test_rows_gives_the_selected_tokens_in_the_order_of_their_index(backend: str
 @each_backend
 @pytest.mark.parametrize("before", [0, 1, 2])
 @pytest.mark.parametrize("after", [0, 2])
-def test_refresh_stores_rows_and_adds_the_slot_in_its_place_of_the_queue(after: int, before: int, backend: str, launches: list[str]) -> None:
+def test_refresh_stores_rows_and_adds_the_slot_in_its_place_of_the_queue(
+    after: int, before: int, backend: str, launches: list[str]
+) -> None:
     x, slot, fresh = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(B, 3, D, seed=2)
     features, gates = tensor(4, B, N, D, seed=3), tensor(5, B, D, seed=4)
     index = torch.tensor([[0, 3, 5], [2, 1, 4]])
@@ -296,7 +316,9 @@ def test_refreshing_one_slot_twice_stores_the_second_and_adds_both(backend: str)
 
 @each_backend
 @pytest.mark.parametrize("first", ["add", "refresh"])
-def test_a_slot_that_is_queued_as_a_feature_and_refreshed_keeps_the_order_of_the_queue(first: str, backend: str) -> None:
+def test_a_slot_that_is_queued_as_a_feature_and_refreshed_keeps_the_order_of_the_queue(
+    first: str, backend: str
+) -> None:
     x, slot, fresh = tensor(B, N, D), tensor(B, N, D, seed=1), tensor(B, N, D, seed=2)
     old = slot.clone()
     with use_backend(backend):
@@ -403,7 +425,9 @@ def test_a_change_of_x_while_updates_are_pending_is_an_error(through: str, launc
             torch.neg(x, out=x)
         else:
             (x if through == "x" else x[0, :2]).add_(1)
-        with pytest.raises(RuntimeError, match="x was modified in place while updates of the residual stream were pending"):
+        with pytest.raises(
+            RuntimeError, match="x was modified in place while updates of the residual stream were pending"
+        ):
             getattr(stream, launch)()
 
 
@@ -466,7 +490,11 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.modulation, self.mix, self.mlp = nn.Linear(D, 6 * D), nn.Linear(D, D), nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+        self.modulation, self.mix, self.mlp = (
+            nn.Linear(D, 6 * D),
+            nn.Linear(D, D),
+            nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D)),
+        )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition).chunk(6, 1)
@@ -493,9 +521,13 @@ class Model(nn.Module):
         return stream.modulated(condition, condition) + stream.value()
 
 
-def plain_model(model: Model, x: Tensor, condition: Tensor, slot: Tensor, fresh: Tensor, gates: Tensor) -> Tensor:
+def plain_model(
+    model: Model, x: Tensor, condition: Tensor, slot: Tensor, fresh: Tensor, gates: Tensor
+) -> Tensor:
     for block in model.blocks:
-        shift, scale, gate, shift2, scale2, gate2 = (part[:, None] for part in block.modulation(condition).chunk(6, 1))
+        shift, scale, gate, shift2, scale2, gate2 = (
+            part[:, None] for part in block.modulation(condition).chunk(6, 1)
+        )
         x = x + gate * block.mix(layer_norm(x) * (1 + scale) + shift)
         x = x + gate2 * block.mlp(layer_norm(x) * (1 + scale2) + shift2)
     x = x + gates[2, :, None] * x.sin() + 0.5 * gates[0, :, None] * x.cos() + fresh
@@ -503,7 +535,13 @@ def plain_model(model: Model, x: Tensor, condition: Tensor, slot: Tensor, fresh:
 
 
 def model_arguments(batch: int, tokens: int = N) -> tuple[Tensor, ...]:
-    return tensor(batch, tokens, D, seed=batch), tensor(batch, D, seed=1), tensor(batch, tokens, D, seed=2), tensor(batch, tokens, D, seed=3), tensor(3, batch, D, seed=4)
+    return (
+        tensor(batch, tokens, D, seed=batch),
+        tensor(batch, D, seed=1),
+        tensor(batch, tokens, D, seed=2),
+        tensor(batch, tokens, D, seed=3),
+        tensor(3, batch, D, seed=4),
+    )
 
 
 @pytest.fixture
@@ -546,4 +584,6 @@ def test_rows_trace_with_their_map_as_an_argument() -> None:
         return stream.modulated(rows=slots)
 
     x, feature, slots = tensor(B, N, D), tensor(B, N, D, seed=1), slot_map(torch.tensor([[1, 3], [5, 0]]), N)
-    assert_same_bits(torch.compile(rows, fullgraph=True, backend="aot_eager")(x, feature, slots), rows(x, feature, slots))
+    assert_same_bits(
+        torch.compile(rows, fullgraph=True, backend="aot_eager")(x, feature, slots), rows(x, feature, slots)
+    )

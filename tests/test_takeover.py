@@ -1,4 +1,5 @@
 """Taking a model over and giving it back: exceptions, hooks, copies, wrapped bodies, compile."""
+
 import copy
 import pickle
 import warnings
@@ -43,7 +44,11 @@ def test_an_exception_inside_restores_the_model_and_the_next_use_is_clean(step: 
     with pytest.raises(Stop):
         with fastcache.accelerate(model, POLICY, STEPS) as session:
             run(model, step)
-            handle = model.blocks[1].attn.register_forward_pre_hook(fail) if step in FULL else model.final_layer.register_forward_pre_hook(fail)
+            handle = (
+                model.blocks[1].attn.register_forward_pre_hook(fail)
+                if step in FULL
+                else model.final_layer.register_forward_pre_hook(fail)
+            )
             model(*inputs(step))
     handle.remove()
     assert forwards(model) == before and session._trunk.nbytes == 0
@@ -85,6 +90,7 @@ def test_a_forward_that_was_replaced_inside_is_reported() -> None:
     model = small_dit()
     with pytest.raises(fastcache.HostError, match="blocks.1.forward was replaced by .*thief"):
         with fastcache.accelerate(model, POLICY, STEPS):
+
             def thief(*args):
                 return None
 
@@ -192,7 +198,9 @@ def test_hooks_attached_inside_may_stay_when_the_session_ends(kind: str) -> None
 
 def test_torch_forward_hooks_on_blocks_see_real_tensors() -> None:
     model, seen = small_dit(), []
-    model.blocks[0].register_forward_hook(lambda module, args, output: seen.append((type(output), output.clone())))
+    model.blocks[0].register_forward_hook(
+        lambda module, args, output: seen.append((type(output), output.clone()))
+    )
     with fastcache.accelerate(model, POLICY, STEPS):
         found = run(model)
     assert_close(found, reference(model, FULL))
@@ -257,7 +265,21 @@ class WriteLater:
         return x
 
 
-@pytest.mark.parametrize("between", [read_x, add_out_of_place, add_in_place, add_in_place_by_method, write_a_token, write_a_view, through_another_shape, LongSkip(), WriteLater()], ids=lambda f: getattr(f, "__name__", type(f).__name__))
+@pytest.mark.parametrize(
+    "between",
+    [
+        read_x,
+        add_out_of_place,
+        add_in_place,
+        add_in_place_by_method,
+        write_a_token,
+        write_a_view,
+        through_another_shape,
+        LongSkip(),
+        WriteLater(),
+    ],
+    ids=lambda f: getattr(f, "__name__", type(f).__name__),
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
 def test_a_host_that_looks_between_blocks_gets_exact_results(between, mode) -> None:
     model = foreign_dit(between)
@@ -340,7 +362,16 @@ def test_owned_features_survive_a_body_that_reuses_its_memory() -> None:
 def test_lora_wrapped_branch_bodies_work() -> None:
     peft = pytest.importorskip("peft")
     model = small_dit()
-    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv", "fc1", "adaLN_modulation.1"], init_lora_weights=False), model).eval().requires_grad_(False)
+    wrapped = (
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(
+                r=2, target_modules=["qkv", "fc1", "adaLN_modulation.1"], init_lora_weights=False
+            ),
+            model,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     assert any("lora" in name for name, _ in wrapped.named_parameters())
     with fastcache.accelerate(wrapped, POLICY, STEPS):
         found = run(wrapped)

@@ -1,4 +1,7 @@
-"""TaylorSeer: step rule, orders, and forecast weights against the published difference form (spec sections 6 and 11)."""
+"""TaylorSeer: step rule, orders, and forecast weights against the published difference form (spec sections 6
+and 11).
+"""
+
 import math
 
 import numpy as np
@@ -13,7 +16,9 @@ from fastcache.schedule import REUSE, Branch, Layout, Schedule, forecast
 from hosts import assert_close, inputs, small_dit
 from support import available_backends
 
-DIT_XL_2 = Layout("DiT", 256, 1152, 16, tuple(Branch(index // 2, ("attn", "mlp")[index % 2], 1) for index in range(56)))
+DIT_XL_2 = Layout(
+    "DiT", 256, 1152, 16, tuple(Branch(index // 2, ("attn", "mlp")[index % 2], 1) for index in range(56))
+)
 
 
 class Differences:
@@ -67,7 +72,14 @@ def test_a_longer_start_is_that_of_the_flux_code() -> None:
 
 def test_orders_grow_by_one_per_full_step_up_to_the_largest() -> None:
     plan = TaylorSeer().schedule(50, DIT_XL_2)
-    assert [plan.steps[k].actions[0].order for k in (2, 5 + 1, 9 + 1, 13 + 1, 17 + 1, 48)] == [1, 2, 3, 4, 4, 4]
+    assert [plan.steps[k].actions[0].order for k in (2, 5 + 1, 9 + 1, 13 + 1, 17 + 1, 48)] == [
+        1,
+        2,
+        3,
+        4,
+        4,
+        4,
+    ]
     assert plan.kinds() == {"full": 14, "forecast": 36}
     assert plan.history == 5
     assert plan.ideal_speedup() == pytest.approx(50 / 14)
@@ -89,7 +101,10 @@ def test_short_generations_are_full(steps: int) -> None:
     assert TaylorSeer().schedule(steps, DIT_XL_2).kinds().get("full") == min(steps, 2)
 
 
-@pytest.mark.parametrize("fields", [{"interval": 0}, {"max_order": -1}, {"first_enhance": 0}, {"interval": 2.0}, {"max_order": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"interval": 0}, {"max_order": -1}, {"first_enhance": 0}, {"interval": 2.0}, {"max_order": True}],
+)
 def test_a_bad_field_is_named(fields: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         TaylorSeer(**fields)
@@ -97,7 +112,9 @@ def test_a_bad_field_is_named(fields: dict) -> None:
 
 def test_reference_flops_equal_the_published_figures() -> None:
     assert TaylorSeer(3, 3).reference_flops(50, DIT_XL_2, 2) / 1e12 == pytest.approx(8.56, abs=0.005)
-    assert 23.7352812032 / (TaylorSeer(5, 3).reference_flops(50, DIT_XL_2, 2) / 1e12) == pytest.approx(4.53, abs=0.01)
+    assert 23.7352812032 / (TaylorSeer(5, 3).reference_flops(50, DIT_XL_2, 2) / 1e12) == pytest.approx(
+        4.53, abs=0.01
+    )
 
 
 # -- the weights -----------------------------------------------------------------------------------
@@ -114,7 +131,9 @@ def test_a_quadratic_is_off_by_minus_interval_times_steps(interval: int) -> None
     """F(s) = s^2 in the original's descending index, order 2, between full steps `interval` apart."""
     policy = TaylorSeer(interval, 2)
     full = policy.full_steps(50)
-    for k, value in forecasts(lambda i: float(i) ** 2, policy, 50, index=lambda k, steps: steps - 1 - k).items():
+    for k, value in forecasts(
+        lambda i: float(i) ** 2, policy, 50, index=lambda k, steps: steps - 1 - k
+    ).items():
         if k > full[4]:
             since = max(step for step in full if step < k)
             assert value - (49 - k) ** 2 == pytest.approx(-interval * (k - since), abs=1e-8)
@@ -128,7 +147,9 @@ def test_a_non_uniform_gap_uses_only_the_last_one_for_every_order() -> None:
     for i in (43, 42, 41):
         x = i - 44
         weights = forecast_weights(49 - i, [5, 1, 0], 2)
-        assert sum(w * F[49 - s] for w, s in zip(weights, [5, 1, 0])) == pytest.approx(F[44] + D1 * x + D2 * x**2 / 2)
+        assert sum(w * F[49 - s] for w, s in zip(weights, [5, 1, 0])) == pytest.approx(
+            F[44] + D1 * x + D2 * x**2 / 2
+        )
 
 
 def test_order_zero_weighs_only_the_newest() -> None:
@@ -141,7 +162,9 @@ def test_order_one_is_linear_extrapolation() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.lists(st.integers(1, 7), min_size=1, max_size=12))
-def test_weights_equal_the_difference_form_on_random_features(seed: int, max_order: int, gaps: list[int]) -> None:
+def test_weights_equal_the_difference_form_on_random_features(
+    seed: int, max_order: int, gaps: list[int]
+) -> None:
     random = np.random.default_rng(seed)
     differences, stored, features = Differences(max_order), [], []
     step = 0
@@ -160,9 +183,15 @@ def test_weights_equal_the_difference_form_on_random_features(seed: int, max_ord
         step += gap
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((7, [5], 1), "order: expected 0..0"), ((7, [5, 1], -1), "order"), ((5, [5, 1], 1), "stored"), ((7, [1, 5], 1), "stored"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((7, [5], 1), "order: expected 0..0"),
+        ((7, [5, 1], -1), "order"),
+        ((5, [5, 1], 1), "stored"),
+        ((7, [1, 5], 1), "stored"),
+    ],
+)
 def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forecast_weights(*arguments)
@@ -171,7 +200,16 @@ def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
 # -- running -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"interval": 3, "max_order": 2}, {"interval": 2, "max_order": 1, "first_enhance": 3}, {"interval": 3, "max_order": 0, "first_enhance": 1}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"interval": 3, "max_order": 2},
+        {"interval": 2, "max_order": 1, "first_enhance": 3},
+        {"interval": 3, "max_order": 0, "first_enhance": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", available_backends("cpu"))
 @torch.no_grad()
 def test_a_model_follows_the_published_difference_form(backend: str, fields: dict) -> None:
@@ -185,7 +223,9 @@ def test_a_model_follows_the_published_difference_form(backend: str, fields: dic
     assert session.summary().recomputed == 0
 
 
-def slow_inputs(step: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def slow_inputs(
+    step: int, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs that drift, as a sampler's do."""
     x, t, y = inputs(0, dtype=dtype)
     return x * (1 + 0.05 * step), t - 20 * step, y
@@ -193,13 +233,20 @@ def slow_inputs(step: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Te
 
 def by_differences(model, policy: TaylorSeer, steps: int) -> list[torch.Tensor]:
     full, outputs = set(policy.full_steps(steps)), []
-    stored = {(index, name): Differences(policy.max_order) for index in range(len(model.blocks)) for name in ("attn", "mlp")}
+    stored = {
+        (index, name): Differences(policy.max_order)
+        for index in range(len(model.blocks))
+        for name in ("attn", "mlp")
+    }
     for k in range(steps):
         x, t, y = slow_inputs(k)
         x, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
         for index, block in enumerate(model.blocks):
             shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(6, -1)
-            for name, body, norm, shift, scale, gate in (("attn", block.attn, block.norm1, shift1, scale1, gate1), ("mlp", block.mlp, block.norm2, shift2, scale2, gate2)):
+            for name, body, norm, shift, scale, gate in (
+                ("attn", block.attn, block.norm1, shift1, scale1, gate1),
+                ("mlp", block.mlp, block.norm2, shift2, scale2, gate2),
+            ):
                 if k in full:
                     stored[index, name].full(k, body(norm(x) * (1 + scale) + shift))
                 x = x + gate * stored[index, name].predict(k)

@@ -1,4 +1,5 @@
 """Refreshes, forecasts and skips in the engine, against the method written naively."""
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,18 @@ import fastcache
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.engine.record import OperatorCount
-from fastcache.schedule import COMPUTE, REUSE, Schedule, Score, Selection, StepPlan, forecast, full_step, refresh, uniform_step
+from fastcache.schedule import (
+    COMPUTE,
+    REUSE,
+    Schedule,
+    Score,
+    Selection,
+    StepPlan,
+    forecast,
+    full_step,
+    refresh,
+    uniform_step,
+)
 from hosts import CLASSES, STEPS, assert_close, inputs, run, small_dit
 from naive_refresh import run_naively
 from support import available_backends
@@ -22,11 +34,22 @@ def backend(request):
         yield request.param
 
 
-def partial_schedule(model: nn.Module, score: str, tokens: tuple[int, ...] = (5, 0, 7), cell: int = 2) -> Schedule:
+def partial_schedule(
+    model: nn.Module, score: str, tokens: tuple[int, ...] = (5, 0, 7), cell: int = 2
+) -> Schedule:
     """Full, three partial steps, full, three partial steps; the MLP of block b refreshes tokens[b]."""
     layout = recognise(model).layout()
-    partial = StepPlan(layout, tuple(REUSE if branch.name == "attn" else refresh(tokens[branch.block]) for branch in layout.branches))
-    return Schedule(layout, (full_step(layout), partial, partial, partial) * 2, selection=Selection(score, 0.1, cell, 0.6 if cell else 0.0))
+    partial = StepPlan(
+        layout,
+        tuple(
+            REUSE if branch.name == "attn" else refresh(tokens[branch.block]) for branch in layout.branches
+        ),
+    )
+    return Schedule(
+        layout,
+        (full_step(layout), partial, partial, partial) * 2,
+        selection=Selection(score, 0.1, cell, 0.6 if cell else 0.0),
+    )
 
 
 @pytest.mark.parametrize("cell", [0, 2])
@@ -40,12 +63,27 @@ def test_partial_steps_equal_the_method_written_naively(backend, score: str, cel
     assert_close(found, expected, 2e-5)
 
 
-@pytest.mark.parametrize("policy", [
-    fastcache.ToCa(fresh_threshold=3, fresh_ratio=0.3), fastcache.ToCa(fresh_threshold=4, fresh_ratio=0.3, ratio_scheduler="ToCa-ddpm250", reproduce_reference=True),
-    fastcache.ToCa(fresh_threshold=4, fresh_ratio=0.3, cache_type="similarity", ratio_scheduler="constant"), fastcache.ToCa(fresh_threshold=5, fresh_ratio=0.0), fastcache.ToCa(fresh_threshold=5, fresh_ratio=0.4, force_fresh="local", reproduce_reference=True),
-    fastcache.DuCa(fresh_threshold=3, fresh_ratio=0.3), fastcache.DuCa(fresh_threshold=5, fresh_ratio=0.3, cache_type="kv-norm", reproduce_reference=True), fastcache.DuCa(fresh_threshold=4, fresh_ratio=0.5, cache_type="random"),
-    fastcache.TaylorSeer(interval=3, max_order=2), fastcache.TaylorSeer(interval=4, max_order=4), fastcache.TaylorSeer(interval=3, max_order=0),
-], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        fastcache.ToCa(fresh_threshold=3, fresh_ratio=0.3),
+        fastcache.ToCa(
+            fresh_threshold=4, fresh_ratio=0.3, ratio_scheduler="ToCa-ddpm250", reproduce_reference=True
+        ),
+        fastcache.ToCa(
+            fresh_threshold=4, fresh_ratio=0.3, cache_type="similarity", ratio_scheduler="constant"
+        ),
+        fastcache.ToCa(fresh_threshold=5, fresh_ratio=0.0),
+        fastcache.ToCa(fresh_threshold=5, fresh_ratio=0.4, force_fresh="local", reproduce_reference=True),
+        fastcache.DuCa(fresh_threshold=3, fresh_ratio=0.3),
+        fastcache.DuCa(fresh_threshold=5, fresh_ratio=0.3, cache_type="kv-norm", reproduce_reference=True),
+        fastcache.DuCa(fresh_threshold=4, fresh_ratio=0.5, cache_type="random"),
+        fastcache.TaylorSeer(interval=3, max_order=2),
+        fastcache.TaylorSeer(interval=4, max_order=4),
+        fastcache.TaylorSeer(interval=3, max_order=0),
+    ],
+    ids=str,
+)
 def test_policies_equal_the_method_written_naively(policy) -> None:
     model, steps = small_dit(), 20
     schedule = policy.schedule(steps, recognise(model).layout())
@@ -60,7 +98,10 @@ def test_the_modulation_table_changes_nothing(announced: bool) -> None:
     schedule = policy.schedule(STEPS, recognise(model).layout())
     with fastcache.accelerate(model, policy, STEPS) as session:
         if announced:
-            session.begin(timesteps=torch.stack([inputs(step)[1][0] for step in range(STEPS)]), conditions={"y": inputs(0)[2]})
+            session.begin(
+                timesteps=torch.stack([inputs(step)[1][0] for step in range(STEPS)]),
+                conditions={"y": inputs(0)[2]},
+            )
         found = run(model)
     assert_close(found, run_naively(model, schedule), 2e-5)
 
@@ -76,7 +117,11 @@ def test_owned_features_give_the_same_and_a_ring_takes_its_oldest_buffer_again()
     assert owned.summary().bytes_held == 6 * 3 * one and borrowed.summary().bytes_held <= 6 * 3 * one
 
 
-@pytest.mark.parametrize("policy", [fastcache.TaylorSeer(interval=3, max_order=2), fastcache.ToCa(3, 0.3), fastcache.FORA(3)], ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize(
+    "policy",
+    [fastcache.TaylorSeer(interval=3, max_order=2), fastcache.ToCa(3, 0.3), fastcache.FORA(3)],
+    ids=lambda policy: type(policy).__name__,
+)
 def test_features_stored_in_half_precision_take_half_the_memory(backend, policy) -> None:
     model = small_dit()
     with fastcache.accelerate(model, policy, 20, own_features=True) as wide:
@@ -85,7 +130,9 @@ def test_features_stored_in_half_precision_take_half_the_memory(backend, policy)
         found = run(model, 20)
     assert narrow.summary().bytes_held * 2 == wide.summary().bytes_held
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
-    assert 0 < max(errors) < (0.5 if isinstance(policy, fastcache.ToCa) else 0.05), errors  # ToCa: a few tokens are chosen differently
+    assert 0 < max(errors) < (0.5 if isinstance(policy, fastcache.ToCa) else 0.05), (
+        errors
+    )  # ToCa: a few tokens are chosen differently
     with pytest.raises(ValueError, match="feature_dtype: expected float32, float16, bfloat16"):
         fastcache.accelerate(model, policy, 20, feature_dtype=torch.int8)
 
@@ -107,7 +154,9 @@ def test_a_skipped_step_runs_no_block_and_gives_the_hidden_state_before_it() -> 
 def test_a_step_that_skips_but_computes_stores_what_it_computed() -> None:
     model = small_dit()
     layout = recognise(model).layout()
-    aside = StepPlan(layout, tuple(COMPUTE if branch.block == 0 else REUSE for branch in layout.branches), skip=True)
+    aside = StepPlan(
+        layout, tuple(COMPUTE if branch.block == 0 else REUSE for branch in layout.branches), skip=True
+    )
     schedule = Schedule(layout, (full_step(layout), aside, uniform_step(layout, REUSE)))
     with fastcache.accelerate(model, schedule):
         found = run(model, 3)
@@ -120,7 +169,18 @@ def test_full_and_partial_blocks_meet_in_one_step() -> None:
     partial = tuple(REUSE if branch.name == "attn" else refresh(4) for branch in layout.branches)
     flip = StepPlan(layout, (COMPUTE, COMPUTE, *partial[2:]))
     other = StepPlan(layout, (*partial[:2], COMPUTE, COMPUTE, *partial[4:]))
-    schedule = Schedule(layout, (full_step(layout), StepPlan(layout, partial), flip, StepPlan(layout, partial), other, StepPlan(layout, partial)), selection=Selection("attention", 0.2))
+    schedule = Schedule(
+        layout,
+        (
+            full_step(layout),
+            StepPlan(layout, partial),
+            flip,
+            StepPlan(layout, partial),
+            other,
+            StepPlan(layout, partial),
+        ),
+        selection=Selection("attention", 0.2),
+    )
     with fastcache.accelerate(model, schedule):
         found = run(model, 6)
     assert_close(found, run_naively(model, schedule), 2e-5)
@@ -131,7 +191,10 @@ def test_forecasts_are_one_launch_of_the_whole_trunk() -> None:
     counts = {}
     for policy in (fastcache.FORA(interval=4), fastcache.TaylorSeer(interval=4, max_order=3)):
         with fastcache.accelerate(model, policy, 20) as session:
-            session.begin(timesteps=torch.stack([inputs(step)[1][0] for step in range(20)]), conditions={"y": inputs(0)[2]})
+            session.begin(
+                timesteps=torch.stack([inputs(step)[1][0] for step in range(20)]),
+                conditions={"y": inputs(0)[2]},
+            )
             run(model, 20)
         counts[type(policy).__name__] = session.summary().steps
     assert counts["TaylorSeer"]["forecast"].ops == counts["FORA"]["reuse"].ops
@@ -200,10 +263,17 @@ class OwnSoftmax(nn.Module):
 def test_the_summary_counts_a_partial_step_that_recomputes_tokens() -> None:
     model = small_dit()
     layout = recognise(model).layout()
-    nothing, some = (StepPlan(layout, tuple(REUSE if branch.name == "attn" else refresh(tokens) for branch in layout.branches)) for tokens in (0, 5))
+    nothing, some = (
+        StepPlan(
+            layout, tuple(REUSE if branch.name == "attn" else refresh(tokens) for branch in layout.branches)
+        )
+        for tokens in (0, 5)
+    )
     counts = []
     for steps in ((nothing,), (some,), (nothing, some)):
-        with fastcache.accelerate(model, Schedule(layout, (full_step(layout), *steps), selection=Selection("random"))) as session:
+        with fastcache.accelerate(
+            model, Schedule(layout, (full_step(layout), *steps), selection=Selection("random"))
+        ) as session:
             run(model, 1 + len(steps))
         counts.append(session.summary().steps["partial"].ops)
     assert counts[0] < counts[2] <= counts[1]  # the first step of all also copies the gate weights together
@@ -225,16 +295,28 @@ def test_an_attention_that_cannot_be_read_is_an_error_that_names_it() -> None:
     for block in model.blocks:
         block.attn = nn.Sequential(nn.Linear(32, 32))
     schedule = partial_schedule(model, "attention")
-    with pytest.raises(fastcache.HostError, match=r"blocks\.0\.attn: no queries and keys"), fastcache.accelerate(model, schedule):
+    with (
+        pytest.raises(fastcache.HostError, match=r"blocks\.0\.attn: no queries and keys"),
+        fastcache.accelerate(model, schedule),
+    ):
         run(model)
     with fastcache.accelerate(model, partial_schedule(model, "norm")):
         run(model)
 
 
 def test_a_bonus_needs_a_square_grid() -> None:
-    model = DiT(input_size=6, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2, num_classes=CLASSES).eval()
+    model = DiT(
+        input_size=6, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2, num_classes=CLASSES
+    ).eval()
     schedule = partial_schedule(model, "straight")
-    with pytest.raises(fastcache.ScheduleError, match="cell: the spatial bonus needs a square token grid whose side 2 divides, got 9"), fastcache.accelerate(model, schedule), torch.no_grad():
+    with (
+        pytest.raises(
+            fastcache.ScheduleError,
+            match="cell: the spatial bonus needs a square token grid whose side 2 divides, got 9",
+        ),
+        fastcache.accelerate(model, schedule),
+        torch.no_grad(),
+    ):
         for step in range(STEPS):
             model(*inputs(step, size=6))
 
@@ -244,7 +326,15 @@ def test_regional_compile_of_refreshes_needs_one_graph_more_and_no_recompiles() 
     torch._dynamo.utils.counters.clear()
     model = small_dit()
     layout = recognise(model).layout()
-    partial = [StepPlan(layout, tuple(REUSE if branch.name == "attn" else refresh(k + branch.block) for branch in layout.branches)) for k in (1, 0, 6, 3)]
+    partial = [
+        StepPlan(
+            layout,
+            tuple(
+                REUSE if branch.name == "attn" else refresh(k + branch.block) for branch in layout.branches
+            ),
+        )
+        for k in (1, 0, 6, 3)
+    ]
     schedule = Schedule(layout, (full_step(layout), *partial) * 2, selection=Selection("random"))
     expected = run_naively(model, schedule)
     with fastcache.accelerate(model, schedule, compile=True):
@@ -262,7 +352,19 @@ DEPTH = 28
 
 def deep_dit() -> DiT:
     torch.manual_seed(0)
-    model = DiT(input_size=16, patch_size=2, in_channels=4, hidden_size=32, depth=DEPTH, num_heads=2, num_classes=CLASSES).eval().requires_grad_(False)
+    model = (
+        DiT(
+            input_size=16,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=32,
+            depth=DEPTH,
+            num_heads=2,
+            num_classes=CLASSES,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     return model
 
 
@@ -280,9 +382,16 @@ def operators_by_step(policy, steps: int = 50) -> tuple[Schedule, list[int]]:
     return schedule, counts
 
 
-@pytest.mark.parametrize(("policy", "per_block"), [
-    (fastcache.ToCa(3, 0.07), 8), (fastcache.ToCa(3, 0.07, "similarity"), 10), (fastcache.ToCa(3, 0.07, "norm"), 10), (fastcache.DuCa(3, 0.05, "kv-norm"), 8),
-], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "per_block"),
+    [
+        (fastcache.ToCa(3, 0.07), 8),
+        (fastcache.ToCa(3, 0.07, "similarity"), 10),
+        (fastcache.ToCa(3, 0.07, "norm"), 10),
+        (fastcache.DuCa(3, 0.05, "kv-norm"), 8),
+    ],
+    ids=str,
+)
 def test_a_partial_step_stays_within_its_budget(policy, per_block: int) -> None:
     schedule, counts = operators_by_step(policy)
     partial = [count for step, count in zip(schedule.steps, counts, strict=True) if step.kind == "partial"]
@@ -291,7 +400,9 @@ def test_a_partial_step_stays_within_its_budget(policy, per_block: int) -> None:
 
 
 @pytest.mark.parametrize("announced", [False, True])
-@pytest.mark.parametrize("policy", [fastcache.FORA(3), fastcache.DuCa(3, 0.05), fastcache.TaylorSeer(4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [fastcache.FORA(3), fastcache.DuCa(3, 0.05), fastcache.TaylorSeer(4, 4)], ids=str
+)
 def test_a_cached_step_without_fresh_tokens_stays_within_its_budget(policy, announced: bool) -> None:
     model, steps = deep_dit(), 20
     with fastcache.accelerate(model, policy, steps, count_ops=False) as session, torch.no_grad():
@@ -311,7 +422,10 @@ def test_a_full_step_that_scores_attention_costs_little_more_than_the_host() -> 
     with OperatorCount() as counter, torch.no_grad():
         model.forward_with_cfg(x, t, y, 1.5)
     schedule, counts = operators_by_step(fastcache.ToCa(3, 0.07), 8)
-    assert max(count for step, count in zip(schedule.steps, counts) if step.kind == "full") <= counter.count + DEPTH
+    assert (
+        max(count for step, count in zip(schedule.steps, counts) if step.kind == "full")
+        <= counter.count + DEPTH
+    )
 
 
 class Watch(TorchDispatchMode):
@@ -323,13 +437,37 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
+        if func._schema.name in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::equal",
+            "aten::is_nonzero",
+        ):
             self.reads.append(func._schema.name)
-        self.largest = max([self.largest, *(tensor.numel() for tensor in torch.utils._pytree.tree_leaves(out) if isinstance(tensor, torch.Tensor))])
+        self.largest = max(
+            [
+                self.largest,
+                *(
+                    tensor.numel()
+                    for tensor in torch.utils._pytree.tree_leaves(out)
+                    if isinstance(tensor, torch.Tensor)
+                ),
+            ]
+        )
         return out
 
 
-@pytest.mark.parametrize("policy", [fastcache.ToCa(3, 0.3), fastcache.ToCa(3, 0.3, "similarity"), fastcache.DuCa(3, 0.3, "kv-norm"), fastcache.ToCa(3, 0.3, "random"), fastcache.TaylorSeer(3, 2)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        fastcache.ToCa(3, 0.3),
+        fastcache.ToCa(3, 0.3, "similarity"),
+        fastcache.DuCa(3, 0.3, "kv-norm"),
+        fastcache.ToCa(3, 0.3, "random"),
+        fastcache.TaylorSeer(3, 2),
+    ],
+    ids=str,
+)
 def test_no_step_reads_a_value_back(policy) -> None:
     if not fastcache.backends_status()["cpp"].available:
         pytest.skip("the eager definition checks values of CPU index tensors")
@@ -342,8 +480,25 @@ def test_no_step_reads_a_value_back(policy) -> None:
 def test_scoring_attention_never_makes_a_map(monkeypatch) -> None:
     tokens = 32 * 32
     monkeypatch.setattr(fastcache.backends.eager_tokens, "CHUNK_LOGITS", 2 * 1 * tokens * 16)
-    model = DiT(input_size=64, patch_size=2, in_channels=4, hidden_size=8, depth=1, num_heads=1, num_classes=CLASSES, mlp_ratio=1).eval().requires_grad_(False)
-    with fastcache.accelerate(model, fastcache.ToCa(2, 0.1, ratio_scheduler="constant"), 2, count_ops=False), Watch() as watch, torch.no_grad():
+    model = (
+        DiT(
+            input_size=64,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=8,
+            depth=1,
+            num_heads=1,
+            num_classes=CLASSES,
+            mlp_ratio=1,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+    with (
+        fastcache.accelerate(model, fastcache.ToCa(2, 0.1, ratio_scheduler="constant"), 2, count_ops=False),
+        Watch() as watch,
+        torch.no_grad(),
+    ):
         for step in range(2):
             model(*inputs(step, 2, 64))
     assert watch.largest < tokens * tokens

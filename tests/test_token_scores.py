@@ -1,4 +1,5 @@
 """Scores of tokens and errors of calibration, against the formulas in float64."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,9 @@ def test_row_scores_are_norms_and_cosines(backend, dtype, shape) -> None:
     x, reference = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
     with fastcache.use_backend(backend):
         close(row_score(x), x.double().norm(dim=-1))
-        close(row_score(x, reference), 1 - F.cosine_similarity(x.double(), reference.double(), dim=-1, eps=1e-8))
+        close(
+            row_score(x, reference), 1 - F.cosine_similarity(x.double(), reference.double(), dim=-1, eps=1e-8)
+        )
 
 
 @on("row_score")
@@ -43,7 +46,9 @@ def test_a_row_of_zeros_is_like_nothing(backend) -> None:
 
 @on("value_norm")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 4, 5, 16), (1, 1, 3, 1), (2, 3, 7, 72), (1, 16, 33, 64), (2, 4, 0, 16)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 5, 16), (1, 1, 3, 1), (2, 3, 7, 72), (1, 16, 33, 64), (2, 4, 0, 16)]
+)
 def test_value_norm_sums_over_heads(backend, dtype, shape) -> None:
     v = random(*shape, dtype=dtype)
     with fastcache.use_backend(backend):
@@ -75,7 +80,10 @@ def test_attention_received_takes_a_scale_and_strided_heads(backend) -> None:
     qkv = random(2, 9, 3, 4, 16)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
     with fastcache.use_backend(backend):
-        close(attention_received(q, k, scale=0.5), (q.double() @ k.double().transpose(-1, -2) * 0.5).softmax(-1).mean(1).sum(1))
+        close(
+            attention_received(q, k, scale=0.5),
+            (q.double() @ k.double().transpose(-1, -2) * 0.5).softmax(-1).mean(1).sum(1),
+        )
 
 
 def test_attention_received_never_holds_the_map(monkeypatch) -> None:
@@ -88,7 +96,12 @@ def test_attention_received_never_holds_the_map(monkeypatch) -> None:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max([largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))])
+            largest = max(
+                [
+                    largest,
+                    *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)),
+                ]
+            )
             return out
 
     with Watch():
@@ -108,7 +121,9 @@ def test_relative_error_is_that_of_the_calibration(backend, dtype, L, K) -> None
     for k in range(K):
         for j in range(L):
             old, new = earlier[k * L + j].double(), newest[j].double()
-            assert float(found[k, j]) == pytest.approx(float((old - new).abs().sum() / new.abs().sum()), rel=1e-5)
+            assert float(found[k, j]) == pytest.approx(
+                float((old - new).abs().sum() / new.abs().sum()), rel=1e-5
+            )
 
 
 @on("relative_error")
@@ -119,12 +134,20 @@ def test_relative_error_of_nothing_is_defined(backend) -> None:
     assert found[0, 0].isinf() and found[0, 1].isnan() and found[0, 2].isnan()
 
 
-@pytest.mark.parametrize("call", [
-    lambda: row_score(torch.zeros(2, 3)), lambda: row_score(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)), lambda: value_norm(torch.zeros(2, 3, 4)),
-    lambda: attention_received(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4)), lambda: attention_received(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3)),
-    lambda: relative_error([], []), lambda: relative_error([torch.zeros(1, 2, 3)] * 2, [torch.zeros(1, 2, 3)]), lambda: relative_error([torch.zeros(1, 2, 3)], [torch.zeros(1, 2, 4)]),
-    lambda: row_score(torch.zeros(1, 2, 3).transpose(1, 2)),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: row_score(torch.zeros(2, 3)),
+        lambda: row_score(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)),
+        lambda: value_norm(torch.zeros(2, 3, 4)),
+        lambda: attention_received(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4)),
+        lambda: attention_received(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3)),
+        lambda: relative_error([], []),
+        lambda: relative_error([torch.zeros(1, 2, 3)] * 2, [torch.zeros(1, 2, 3)]),
+        lambda: relative_error([torch.zeros(1, 2, 3)], [torch.zeros(1, 2, 4)]),
+        lambda: row_score(torch.zeros(1, 2, 3).transpose(1, 2)),
+    ],
+)
 def test_bad_shapes_are_named(call) -> None:
     with pytest.raises((ValueError, RuntimeError), match="x:|reference:|v:|k:|lse:|newest|earlier"):
         call()
@@ -134,7 +157,12 @@ def test_bad_shapes_are_named(call) -> None:
 def test_operators_refuse_inputs_that_need_a_gradient(operator) -> None:
     x = torch.zeros(1, 2, 3, requires_grad=True)
     four = torch.zeros(1, 2, 3, 4, requires_grad=True)
-    calls = {"row_score": lambda: row_score(x), "value_norm": lambda: value_norm(four), "attention_received": lambda: attention_received(four, four), "relative_error": lambda: relative_error([x], [x])}
+    calls = {
+        "row_score": lambda: row_score(x),
+        "value_norm": lambda: value_norm(four),
+        "attention_received": lambda: attention_received(four, four),
+        "relative_error": lambda: relative_error([x], [x]),
+    }
     with pytest.raises(RuntimeError, match="forward-only"):
         calls[operator]()
 
@@ -143,7 +171,20 @@ def test_operators_refuse_inputs_that_need_a_gradient(operator) -> None:
 def test_registered_operators_pass_opcheck(operator) -> None:
     x, four = random(2, 6, 16), random(2, 3, 6, 8)
     arguments = {
-        "select_tokens_": (torch.rand(2, 6), torch.zeros(2, 6, dtype=torch.int32), torch.tensor([2, 3], dtype=torch.int32), 4, 0.1, True, 3, 1, 0.5),
-        "row_score": (x, x), "value_norm": (four,), "attention_received": (four, four, None, 0.3), "relative_error": ([x, x], [x, x, x, x]),
+        "select_tokens_": (
+            torch.rand(2, 6),
+            torch.zeros(2, 6, dtype=torch.int32),
+            torch.tensor([2, 3], dtype=torch.int32),
+            4,
+            0.1,
+            True,
+            3,
+            1,
+            0.5,
+        ),
+        "row_score": (x, x),
+        "value_norm": (four,),
+        "attention_received": (four, four, None, 0.3),
+        "relative_error": ([x, x], [x, x, x, x]),
     }
     torch.library.opcheck(getattr(torch.ops.fastcache, operator).default, arguments[operator])

@@ -1,4 +1,5 @@
 """tokens.png: what is recorded of a run, and what the drawing shows of it."""
+
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,13 @@ pytest.importorskip("diffusers")
 from fastcache.glyphs import load_glyph_dit
 from fastcache.policies import FORA, DuCa, ToCa
 from fastcache.workshop.studies.comparison import Sampler
-from fastcache.workshop.studies.tokens import TokenRecord, draw_tokens, overlaid, record_tokens, tokens_computed
+from fastcache.workshop.studies.tokens import (
+    TokenRecord,
+    draw_tokens,
+    overlaid,
+    record_tokens,
+    tokens_computed,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SAMPLER = Sampler(steps=8, batch_size=4)
@@ -51,8 +58,14 @@ def test_a_full_step_computes_all_tokens_and_a_skipped_one_none(record):
 
 
 def test_shown_steps_are_spread_from_the_first_to_the_last():
-    record = TokenRecord(np.zeros((1, 32, 32, 3), np.uint8), None, {step: np.zeros((1, 64)) for step in range(10, 40, 2)})
-    assert record.shown_steps(3) == [10, 24, 38] and record.shown_steps(8) == list(range(10, 40, 4)) and record.shown_steps(20) == list(range(10, 40, 2))
+    record = TokenRecord(
+        np.zeros((1, 32, 32, 3), np.uint8), None, {step: np.zeros((1, 64)) for step in range(10, 40, 2)}
+    )
+    assert (
+        record.shown_steps(3) == [10, 24, 38]
+        and record.shown_steps(8) == list(range(10, 40, 4))
+        and record.shown_steps(20) == list(range(10, 40, 2))
+    )
 
 
 def test_the_overlay_tints_the_cells_of_refreshed_tokens_alone():

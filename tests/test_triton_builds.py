@@ -1,4 +1,5 @@
 """Triton kernels compiled ahead of time for GPUs: wide loads, no spills, pipelined tiles."""
+
 import os
 
 import pytest
@@ -13,17 +14,50 @@ from ahead_of_time import compiled  # noqa: E402
 from fastcache.backends.triton_config import SUM_CONFIGS, SumConfig, row_config, sum_config  # noqa: E402
 from fastcache.kernels.residual_update import row_kernel, sum_kernel  # noqa: E402
 
-SHARED = dict(D=1152, F=tl.bfloat16, FLOAT8=False, GATE=1, PACKED=True, WEIGHTED=False, SCALED=False, SLOT=False, MAPPED=False, WRITE=True, ALIGN=16, UNIT=8)
-ROW = dict(SHARED, SLOT_FLOAT8=False, NORM=1, SHIFT=1, SCALE=1, NORM_WEIGHT=False, NORM_BIAS=False, ROW_SLOTS=False, REFERENCE=False, STAGES=1)
+SHARED = dict(
+    D=1152,
+    F=tl.bfloat16,
+    FLOAT8=False,
+    GATE=1,
+    PACKED=True,
+    WEIGHTED=False,
+    SCALED=False,
+    SLOT=False,
+    MAPPED=False,
+    WRITE=True,
+    ALIGN=16,
+    UNIT=8,
+)
+ROW = dict(
+    SHARED,
+    SLOT_FLOAT8=False,
+    NORM=1,
+    SHIFT=1,
+    SCALE=1,
+    NORM_WEIGHT=False,
+    NORM_BIAS=False,
+    ROW_SLOTS=False,
+    REFERENCE=False,
+    STAGES=1,
+)
 each_architecture = pytest.mark.parametrize("capability", [80, 90, 100])
 MAX_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @each_architecture
 @pytest.mark.parametrize("config", SUM_CONFIGS, ids=str)
-def test_the_trunk_sum_reads_features_16_bytes_wide_and_spills_nothing(config: SumConfig, capability: int) -> None:
-    build = compiled(sum_kernel, dict(SHARED, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages), capability, config.warps)
-    assert build.stack == build.local == 0 and build.registers <= 128 and build.shared <= MAX_SHARED[capability]
+def test_the_trunk_sum_reads_features_16_bytes_wide_and_spills_nothing(
+    config: SumConfig, capability: int
+) -> None:
+    build = compiled(
+        sum_kernel,
+        dict(SHARED, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages),
+        capability,
+        config.warps,
+    )
+    assert (
+        build.stack == build.local == 0 and build.registers <= 128 and build.shared <= MAX_SHARED[capability]
+    )
     if config.stages > 1:
         assert build.async_copies()[16] >= config.stages - 1, build.async_copies()
     else:
@@ -32,7 +66,9 @@ def test_the_trunk_sum_reads_features_16_bytes_wide_and_spills_nothing(config: S
 
 @each_architecture
 @pytest.mark.parametrize("width", [1152, 1536, 3072, 4096, 5120, 6144, 8192, 1160])
-def test_the_row_kernel_reads_every_tensor_16_bytes_wide_and_spills_nothing(width: int, capability: int) -> None:
+def test_the_row_kernel_reads_every_tensor_16_bytes_wide_and_spills_nothing(
+    width: int, capability: int
+) -> None:
     config = row_config(width)
     build = compiled(row_kernel, dict(ROW, D=width, COLUMNS=config.columns), capability, config.warps)
     assert build.stack == build.local == 0 and build.registers <= 128
@@ -41,22 +77,49 @@ def test_the_row_kernel_reads_every_tensor_16_bytes_wide_and_spills_nothing(widt
 
 @each_architecture
 def test_refresh_and_selected_rows_are_compiled_without_spills(capability: int) -> None:
-    tile = compiled(sum_kernel, dict(SHARED, SLOT=True, MAPPED=True, ROWS=8, COLUMNS=128, STAGES=4), capability, 4)
-    row = compiled(row_kernel, dict(ROW, SLOT=True, MAPPED=True, ROW_SLOTS=True, REFERENCE=True, COLUMNS=2048), capability, 4)
+    tile = compiled(
+        sum_kernel, dict(SHARED, SLOT=True, MAPPED=True, ROWS=8, COLUMNS=128, STAGES=4), capability, 4
+    )
+    row = compiled(
+        row_kernel,
+        dict(ROW, SLOT=True, MAPPED=True, ROW_SLOTS=True, REFERENCE=True, COLUMNS=2048),
+        capability,
+        4,
+    )
     for build in (tile, row):
         assert build.stack == build.local == 0 and build.registers <= 128
 
 
 def test_a_misaligned_tensor_has_a_path_of_its_own() -> None:
-    build = compiled(sum_kernel, dict(SHARED, ALIGN=1, UNIT=1, ROWS=8, COLUMNS=128, STAGES=1), 90, 4, aligned=False)
+    build = compiled(
+        sum_kernel, dict(SHARED, ALIGN=1, UNIT=1, ROWS=8, COLUMNS=128, STAGES=1), 90, 4, aligned=False
+    )
     assert build.loads()[16] == 0
 
 
 @each_architecture
-@pytest.mark.parametrize(("feature", "float8"), [(tl.float32, False), (tl.float16, False), (tl.uint8, True)], ids=["fp32", "fp16", "fp8"])
+@pytest.mark.parametrize(
+    ("feature", "float8"),
+    [(tl.float32, False), (tl.float16, False), (tl.uint8, True)],
+    ids=["fp32", "fp16", "fp8"],
+)
 def test_every_feature_type_compiles_on_every_architecture(feature, float8: bool, capability: int) -> None:
     config = sum_config(64, 256, 1152, 56, float8)
-    build = compiled(sum_kernel, dict(SHARED, F=feature, FLOAT8=float8, SCALED=float8, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages), capability, config.warps, tensor="fp32")
+    build = compiled(
+        sum_kernel,
+        dict(
+            SHARED,
+            F=feature,
+            FLOAT8=float8,
+            SCALED=float8,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            STAGES=config.stages,
+        ),
+        capability,
+        config.warps,
+        tensor="fp32",
+    )
     assert build.stack == build.local == 0
 
 
@@ -64,7 +127,10 @@ def test_every_feature_type_compiles_on_every_architecture(feature, float8: bool
 @pytest.mark.parametrize("batch", [1, 2, 8, 64])
 @pytest.mark.parametrize("terms", [0, 1, 2, 3, 56])
 def test_the_heuristic_chooses_legal_tiles(terms: int, batch: int, width: int) -> None:
-    assert sum_config(batch, 256, width, terms) in SUM_CONFIGS and sum_config(batch, 256, width, terms, True) in SUM_CONFIGS
+    assert (
+        sum_config(batch, 256, width, terms) in SUM_CONFIGS
+        and sum_config(batch, 256, width, terms, True) in SUM_CONFIGS
+    )
     assert row_config(width).columns >= width
 
 

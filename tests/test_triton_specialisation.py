@@ -1,4 +1,7 @@
-"""How often Triton compiles: once per form, width, dtype and tile, never for another batch, number of tokens or of terms."""
+"""How often Triton compiles: once per form, width, dtype and tile, never for another batch, number of tokens
+or of terms.
+"""
+
 import os
 from dataclasses import replace
 
@@ -19,7 +22,9 @@ from fastcache.backends.triton_config import SUM_CONFIGS  # noqa: E402
 from fastcache.backends.tuning import Key, only, row_bucket, term_bucket  # noqa: E402
 
 TARGET = make_backend(GPUTarget("cuda", 90, 32))
-CALLS = [(B, N, terms) for B in (1, 2, 3, 16) for N, terms in ((1, 1), (16, 2), (19, 3), (256, 17), (250, 56))]  # 1 and multiples of 16 are what Triton would compile in
+CALLS = [
+    (B, N, terms) for B in (1, 2, 3, 16) for N, terms in ((1, 1), (16, 2), (19, 3), (256, 17), (250, 56))
+]  # 1 and multiples of 16 are what Triton would compile in
 
 
 class Keys:
@@ -54,13 +59,25 @@ def launch(form: Form) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("channels", [64, 72])
-@pytest.mark.parametrize(("name", "kernel"), [("packed-gates", "sum_kernel"), ("refresh-after-terms", "sum_kernel"), ("modulated", "row_kernel"), ("refresh-modulated", "row_kernel")])
-def test_batch_tokens_and_terms_compile_nothing_new(name: str, kernel: str, channels: int, dtype: str, keys: dict[str, Keys]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("packed-gates", "sum_kernel"),
+        ("refresh-after-terms", "sum_kernel"),
+        ("modulated", "row_kernel"),
+        ("refresh-modulated", "row_kernel"),
+    ],
+)
+def test_batch_tokens_and_terms_compile_nothing_new(
+    name: str, kernel: str, channels: int, dtype: str, keys: dict[str, Keys]
+) -> None:
     form = replace((UPDATES | SCATTERS)[name], channels=channels, x=dtype, feature=dtype, vector=dtype)
     for batch, tokens, terms in CALLS:
         launch(replace(form, batch=batch, tokens=tokens, terms=terms))
     found = keys[kernel]
-    assert len(CALLS) == 20 and len(found.found) == len(found.tiles), f"{len(found.found)} compilations for {len(found.tiles)} tiles"
+    assert len(CALLS) == 20 and len(found.found) == len(found.tiles), (
+        f"{len(found.found)} compilations for {len(found.tiles)} tiles"
+    )
     assert len(found.tiles) <= 4
 
 
@@ -68,7 +85,10 @@ def test_small_tables_may_start_anywhere(keys: dict[str, Keys]) -> None:
     """A row of a table of weights, one per step, starts at any multiple of 4 bytes."""
     call = build(Form(terms=3, gate="BD", packed=True, weights=True))
     for start in range(4):
-        shifted = {name: torch.cat([call.arguments[name].new_zeros(start), call.arguments[name]])[start:] for name in ("weights", "gate_index")}
+        shifted = {
+            name: torch.cat([call.arguments[name].new_zeros(start), call.arguments[name]])[start:]
+            for name in ("weights", "gate_index")
+        }
         backend.residual_update(**(call.arguments | shifted))
     assert len(keys["sum_kernel"].found) == 1
 
@@ -84,7 +104,16 @@ def test_the_tile_of_a_table_is_the_one_that_is_launched(keys: dict[str, Keys]) 
     assert expected in keys["sum_kernel"].tiles and len(keys["sum_kernel"].tiles) == 2
 
 
-@pytest.mark.parametrize("change", [{"channels": 80}, {"x": "float16", "feature": "float16", "vector": "float16"}, {"weights": True}, {"offset": 1}], ids=["width", "dtype", "form", "alignment"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 80},
+        {"x": "float16", "feature": "float16", "vector": "float16"},
+        {"weights": True},
+        {"offset": 1},
+    ],
+    ids=["width", "dtype", "form", "alignment"],
+)
 def test_width_dtype_form_and_alignment_are_compiled_in(change: dict, keys: dict[str, Keys]) -> None:
     form = Form(terms=3, gate="BD", packed=True, channels=64)
     launch(form)

@@ -1,7 +1,9 @@
-"""What compute-sanitizer watches: a few small calls that reach every kernel path. `python -m benchmarks.gate.sanitized`.
+"""What compute-sanitizer watches: a few small calls that reach every kernel path. `python -m
+benchmarks.gate.sanitized`.
 
 Prints the number of calls, and `ok` at the end; a wrong value is an error too.
 """
+
 import argparse
 import sys
 from dataclasses import replace
@@ -15,7 +17,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 from cases import FORMS, PRECISIONS, Form  # noqa: E402
 from on_device import verify  # noqa: E402
 
-# (name of tests/cases.py, precision, tokens, channels): aligned and not, a warp or several per row, all epilogues
+# (name of tests/cases.py, precision, tokens, channels): aligned and not, a warp or several per row, all
+# epilogues
 CALLS = (
     ("packed-gates", "bf16", 33, 1152),
     ("gated-per-token", "bf16", 5, 72),
@@ -34,7 +37,10 @@ CALLS = (
 
 def calls() -> list[Form]:
     """The calls, small before large."""
-    return [replace(FORMS[name].of(PRECISIONS[precision]), tokens=tokens, channels=channels) for name, precision, tokens, channels in CALLS]
+    return [
+        replace(FORMS[name].of(PRECISIONS[precision]), tokens=tokens, channels=channels)
+        for name, precision, tokens, channels in CALLS
+    ]
 
 
 def main() -> None:

@@ -33,7 +33,8 @@ std::vector<std::string> cpu_features() {
   std::vector<std::string> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-#define FASTCACHE_FEATURE(name) if (__builtin_cpu_supports(name)) found.push_back(name)
+#define FASTCACHE_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found.push_back(name)
   FASTCACHE_FEATURE("avx");
   FASTCACHE_FEATURE("avx2");
   FASTCACHE_FEATURE("fma");
@@ -52,6 +53,8 @@ std::vector<std::string> cpu_features() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts about the compiled parts of FastCache.";
-  module.def("build", &build, "What was built: version, compiler, torch, schema digest, CPU capabilities, CUDA architectures.");
+  module.def(
+      "build", &build,
+      "What was built: version, compiler, torch, schema digest, CPU capabilities, CUDA architectures.");
   module.def("cpu_features", &cpu_features, "Instruction sets of this processor that the kernels can use.");
 }

@@ -21,7 +21,9 @@ void run_heads(int64_t begin, int64_t end, void* context) {
   launch.kernels.attention_received(launch.plan, begin, end, scratch.get());
 }
 
-Rows head_rows(const Tensor& t) { return {t.data, t.strides[0] * t.element, t.strides[2] * t.element, t.type}; }
+Rows head_rows(const Tensor& t) {
+  return {t.data, t.strides[0] * t.element, t.strides[2] * t.element, t.type};
+}
 
 void attention_received(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   const AttentionArguments a(stack, inputs, outputs);
@@ -29,14 +31,16 @@ void attention_received(StableIValue* stack, uint64_t inputs, uint64_t outputs) 
   a.check();
   Outputs results(a.q, 1);
   AttentionPlan plan;
-  plan.B = a.q.sizes[0], plan.H = a.q.sizes[1], plan.N = a.q.sizes[2], plan.d = a.q.sizes[3], plan.M = a.k.sizes[2];
+  plan.B = a.q.sizes[0], plan.H = a.q.sizes[1], plan.N = a.q.sizes[2], plan.d = a.q.sizes[3],
+  plan.M = a.k.sizes[2];
   plan.q = head_rows(a.q), plan.k = head_rows(a.k);
   plan.q_head = a.q.strides[1] * a.q.element, plan.k_head = a.k.strides[1] * a.k.element;
   if (a.lse) {
     plan.lse = reinterpret_cast<const float*>(a.lse.data);
     plan.lse_batch = a.lse.strides[0], plan.lse_head = a.lse.strides[1], plan.lse_row = a.lse.strides[2];
   }
-  plan.factor = static_cast<float>((a.scale ? *a.scale : 1.0 / __builtin_sqrt(double(plan.d))) * 1.4426950408889634);
+  plan.factor =
+      static_cast<float>((a.scale ? *a.scale : 1.0 / __builtin_sqrt(double(plan.d))) * 1.4426950408889634);
   const int64_t sizes[] = {plan.B, plan.M};
   float* received = static_cast<float*>(results.add(0, float32_dtype(), 2, sizes));
   std::vector<double> partial(plan.B * plan.H * plan.M);
@@ -59,4 +63,6 @@ void attention_received(StableIValue* stack, uint64_t inputs, uint64_t outputs) 
 
 }  // namespace fastcache
 
-STABLE_TORCH_LIBRARY_IMPL(fastcache, CPU, library) { library.impl("attention_received", &fastcache::attention_received); }
+STABLE_TORCH_LIBRARY_IMPL(fastcache, CPU, library) {
+  library.impl("attention_received", &fastcache::attention_received);
+}

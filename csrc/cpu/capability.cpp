@@ -12,11 +12,13 @@ namespace {
 bool supported(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (std::strcmp(name, "avx2") == 0) return avx2;
   if (std::strcmp(name, "avx512") == 0) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
   }
 #endif
   return std::strcmp(name, "default") == 0;
@@ -47,7 +49,8 @@ struct Choice {
       if (kernels == nullptr && (named || wanted == nullptr || *wanted == '\0')) kernels = candidate;
     }
     if (kernels == nullptr) {
-      error = "FASTCACHE_CPU_CAPABILITY: expected one of " + usable + " on this processor and in this build, got " + wanted;
+      error = "FASTCACHE_CPU_CAPABILITY: expected one of " + usable +
+              " on this processor and in this build, got " + wanted;
     }
   }
 };

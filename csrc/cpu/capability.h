@@ -31,6 +31,8 @@ const Kernels& kernels();
 FASTCACHE_INLINE int64_t scratch_floats(const Plan& plan) { return (2 * kGroup + 2) * pitch_of(plan.D); }
 
 // Transposed keys, a tile's queries, one row, column sums, and a log-sum-exp with its sum per query.
-FASTCACHE_INLINE int64_t attention_scratch_floats(const AttentionPlan& plan) { return plan.d * (kAttentionKeys + 5) + kAttentionKeys + 2 * plan.N; }
+FASTCACHE_INLINE int64_t attention_scratch_floats(const AttentionPlan& plan) {
+  return plan.d * (kAttentionKeys + 5) + kAttentionKeys + 2 * plan.N;
+}
 
 }  // namespace fastcache

@@ -8,6 +8,7 @@
 
 namespace fastcache {
 
-const Kernels kernels_default = {"default", residual_update_rows, select_rows, row_scores, error_blocks, received_heads};
+const Kernels kernels_default = {"default",  residual_update_rows, select_rows,
+                                 row_scores, error_blocks,         received_heads};
 
 }  // namespace fastcache

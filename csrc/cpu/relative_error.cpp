@@ -28,7 +28,8 @@ void write_errors(const ErrorPlan& plan, float* errors) {
       const double* sums = plan.sums + (l * plan.blocks_per_layer + i) * (1 + plan.lookaheads);
       for (int64_t k = 0; k <= plan.lookaheads; ++k) total[k] += sums[k];
     }
-    for (int64_t k = 0; k < plan.lookaheads; ++k) errors[k * plan.layers + l] = static_cast<float>(total[1 + k] / total[0]);
+    for (int64_t k = 0; k < plan.lookaheads; ++k)
+      errors[k * plan.layers + l] = static_cast<float>(total[1 + k] / total[0]);
   }
 }
 
@@ -51,7 +52,8 @@ void relative_error(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   float* errors = static_cast<float*>(results.add(0, float32_dtype(), 2, sizes));
   const int64_t block = kErrorRows * plan.D * (1 + plan.lookaheads) + 1;
   Launch launch{plan, chosen};
-  if (torch_parallel_for(0, plan.layers * plan.blocks_per_layer, (kElementsPerThread + block - 1) / block, run_blocks, &launch) != 0) {
+  if (torch_parallel_for(0, plan.layers * plan.blocks_per_layer, (kElementsPerThread + block - 1) / block,
+                         run_blocks, &launch) != 0) {
     fail("relative_error: an error in PyTorch's thread pool");
   }
   write_errors(plan, errors);
@@ -62,4 +64,6 @@ void relative_error(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
 
 }  // namespace fastcache
 
-STABLE_TORCH_LIBRARY_IMPL(fastcache, CPU, library) { library.impl("relative_error", &fastcache::relative_error); }
+STABLE_TORCH_LIBRARY_IMPL(fastcache, CPU, library) {
+  library.impl("relative_error", &fastcache::relative_error);
+}

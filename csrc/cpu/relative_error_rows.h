@@ -17,18 +17,21 @@ using fastcache::Type;
 constexpr int kLookaheads = 4;  // compared in one pass over the newest feature
 
 inline Vec sum_of_four(const Vec* values) {
-  return add(add(magnitude(values[0]), magnitude(values[1])), add(magnitude(values[2]), magnitude(values[3])));
+  return add(add(magnitude(values[0]), magnitude(values[1])),
+             add(magnitude(values[2]), magnitude(values[3])));
 }
 
 // sums[0]: sum|newest|; sums[1 + k]: sum|earlier - newest| of K look-aheads from `lookahead` on.
 template <class X, int K>
-inline void error_rows_of(const ErrorPlan& plan, int64_t layer, int64_t lookahead, int64_t first, int64_t last, double* sums) {
+inline void error_rows_of(const ErrorPlan& plan, int64_t layer, int64_t lookahead, int64_t first,
+                          int64_t last, double* sums) {
   WideSum size, errors[K];
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = row / plan.N, n = row % plan.N;
     const X* newest = reinterpret_cast<const X*>(plan.newest[layer].at(b, n));
     const X* earlier[K];
-    for (int k = 0; k < K; ++k) earlier[k] = reinterpret_cast<const X*>(plan.earlier[(lookahead + k) * plan.layers + layer].at(b, n));
+    for (int k = 0; k < K; ++k)
+      earlier[k] = reinterpret_cast<const X*>(plan.earlier[(lookahead + k) * plan.layers + layer].at(b, n));
     int64_t c = 0;
     for (; sizeof(X) == 2 && c + 4 * kLanes <= plan.D; c += 4 * kLanes) {
       Vec own[4];
@@ -62,15 +65,25 @@ inline void error_rows_of(const ErrorPlan& plan, int64_t layer, int64_t lookahea
 template <class X>
 void error_blocks_of(const ErrorPlan& plan, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t layer = unit / plan.blocks_per_layer, first = unit % plan.blocks_per_layer * fastcache::kErrorRows;
-    const int64_t last = first + fastcache::kErrorRows < plan.rows ? first + fastcache::kErrorRows : plan.rows;
+    const int64_t layer = unit / plan.blocks_per_layer,
+                  first = unit % plan.blocks_per_layer * fastcache::kErrorRows;
+    const int64_t last =
+        first + fastcache::kErrorRows < plan.rows ? first + fastcache::kErrorRows : plan.rows;
     double* sums = plan.sums + unit * (1 + plan.lookaheads);
     for (int64_t k = 0; k < plan.lookaheads; k += kLookaheads) {
       switch (plan.lookaheads - k) {
-        case 1: error_rows_of<X, 1>(plan, layer, k, first, last, sums); break;
-        case 2: error_rows_of<X, 2>(plan, layer, k, first, last, sums); break;
-        case 3: error_rows_of<X, 3>(plan, layer, k, first, last, sums); break;
-        default: error_rows_of<X, kLookaheads>(plan, layer, k, first, last, sums); break;
+        case 1:
+          error_rows_of<X, 1>(plan, layer, k, first, last, sums);
+          break;
+        case 2:
+          error_rows_of<X, 2>(plan, layer, k, first, last, sums);
+          break;
+        case 3:
+          error_rows_of<X, 3>(plan, layer, k, first, last, sums);
+          break;
+        default:
+          error_rows_of<X, kLookaheads>(plan, layer, k, first, last, sums);
+          break;
       }
     }
   }
@@ -78,9 +91,15 @@ void error_blocks_of(const ErrorPlan& plan, int64_t begin, int64_t end) {
 
 void error_blocks(const ErrorPlan& plan, int64_t begin, int64_t end) {
   switch (plan.newest[0].type) {
-    case Type::kFloat32: error_blocks_of<float>(plan, begin, end); break;
-    case Type::kFloat16: error_blocks_of<Float16>(plan, begin, end); break;
-    default: error_blocks_of<BFloat16>(plan, begin, end); break;
+    case Type::kFloat32:
+      error_blocks_of<float>(plan, begin, end);
+      break;
+    case Type::kFloat16:
+      error_blocks_of<Float16>(plan, begin, end);
+      break;
+    default:
+      error_blocks_of<BFloat16>(plan, begin, end);
+      break;
   }
 }
 

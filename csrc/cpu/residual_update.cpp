@@ -18,7 +18,8 @@ constexpr int64_t kLocalFloats = 12 * 1024;        // scratch up to 48 KB is on 
 template <class T>
 struct Buffer {  // a few on the stack, more on the heap
   static constexpr int64_t kInline = 16;
-  explicit Buffer(int64_t count) : many(count > kInline ? new T[count] : nullptr), data(many ? many.get() : few) {}
+  explicit Buffer(int64_t count)
+      : many(count > kInline ? new T[count] : nullptr), data(many ? many.get() : few) {}
   T few[kInline];
   std::unique_ptr<T[]> many;
   T* data;
@@ -42,7 +43,8 @@ std::vector<int32_t> checked_map(const char* name, const Tensor& map, int64_t co
     }
   }
   if (low < -1 || high >= count) {
-    fail(std::string(name) + ": expected slots in -1.." + std::to_string(count - 1) + ", got " + std::to_string(low) + ".." + std::to_string(high));
+    fail(std::string(name) + ": expected slots in -1.." + std::to_string(count - 1) + ", got " +
+         std::to_string(low) + ".." + std::to_string(high));
   }
   return out;
 }
@@ -68,14 +70,16 @@ void fill_term(const Arguments& a, Term& term, const Tensor& feature, int64_t j)
   term.feature = rows_of(feature);
   if (a.weights) term.weight = reinterpret_cast<const float*>(a.weights.data)[j * a.weights.strides[0]];
   if (a.scales) {
-    term.row_scale = {a.scales.data + j * a.scales.strides[0] * 4, a.scales.strides[1] * 4, a.scales.strides[2] * 4, Type::kFloat32};
+    term.row_scale = {a.scales.data + j * a.scales.strides[0] * 4, a.scales.strides[1] * 4,
+                      a.scales.strides[2] * 4, Type::kFloat32};
   }
   if (!a.gates) return;
   term.gate = a.gates.data;
   if (a.gate_index) {
     const int32_t row = reinterpret_cast<const int32_t*>(a.gate_index.data)[j * a.gate_index.strides[0]];
     if (row < -1 || row >= a.gates.sizes[0]) {
-      fail("gate_index: expected rows in -1.." + std::to_string(a.gates.sizes[0] - 1) + ", got " + std::to_string(row) + " for term " + std::to_string(j));
+      fail("gate_index: expected rows in -1.." + std::to_string(a.gates.sizes[0] - 1) + ", got " +
+           std::to_string(row) + " for term " + std::to_string(j));
     }
     term.gate = row < 0 ? nullptr : a.gates.data + row * a.gates.strides[0] * a.gates.element;
   }
@@ -117,7 +121,8 @@ void run(Plan& plan, const Kernels& kernels) {
   plan.blocks_per_sample = (plan.N + kGroup - 1) / kGroup;
   const int64_t block = kGroup * plan.D * (plan.term_count + 1);
   Launch launch{&plan, &kernels};
-  if (torch_parallel_for(0, plan.B * plan.blocks_per_sample, (kElementsPerThread + block - 1) / block, run_blocks, &launch) != 0) {
+  if (torch_parallel_for(0, plan.B * plan.blocks_per_sample, (kElementsPerThread + block - 1) / block,
+                         run_blocks, &launch) != 0) {
     fail("residual_update: out of memory, or an error in PyTorch's thread pool");
   }
 }
@@ -194,9 +199,13 @@ void call(StableIValue* stack, uint64_t inputs, uint64_t outputs, bool scatter) 
   results.release(stack);
 }
 
-void residual_update(StableIValue* stack, uint64_t inputs, uint64_t outputs) { call(stack, inputs, outputs, false); }
+void residual_update(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  call(stack, inputs, outputs, false);
+}
 
-void residual_update_scatter(StableIValue* stack, uint64_t inputs, uint64_t outputs) { call(stack, inputs, outputs, true); }
+void residual_update_scatter(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  call(stack, inputs, outputs, true);
+}
 
 }  // namespace
 

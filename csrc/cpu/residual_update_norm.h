@@ -18,14 +18,22 @@ inline void widen_row(const T* from, float* to, int64_t D) {
 inline void widen_vector(const Vector& vector, int64_t b, int64_t n, float* to, int64_t D) {
   const char* from = vector.at(b, n);
   switch (vector.type) {
-    case Type::kFloat32: widen_row(reinterpret_cast<const float*>(from), to, D); break;
-    case Type::kFloat16: widen_row(reinterpret_cast<const Float16*>(from), to, D); break;
-    default: widen_row(reinterpret_cast<const BFloat16*>(from), to, D); break;
+    case Type::kFloat32:
+      widen_row(reinterpret_cast<const float*>(from), to, D);
+      break;
+    case Type::kFloat16:
+      widen_row(reinterpret_cast<const Float16*>(from), to, D);
+      break;
+    default:
+      widen_row(reinterpret_cast<const BFloat16*>(from), to, D);
+      break;
   }
 }
 
-template <class A, class B> constexpr bool kSame = false;
-template <class A> constexpr bool kSame<A, A> = true;
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
 // A conversion makes signalling NaNs quiet, as rounding expects; a copy is exact.
 template <class F, class T>
@@ -105,9 +113,15 @@ struct Modulation {
 
   static void widen_part(const Vector& vector, int64_t c, float* to, int count) {
     switch (vector.type) {
-      case Type::kFloat32: widen_row(reinterpret_cast<const float*>(vector.data) + c, to, count); break;
-      case Type::kFloat16: widen_row(reinterpret_cast<const Float16*>(vector.data) + c, to, count); break;
-      default: widen_row(reinterpret_cast<const BFloat16*>(vector.data) + c, to, count); break;
+      case Type::kFloat32:
+        widen_row(reinterpret_cast<const float*>(vector.data) + c, to, count);
+        break;
+      case Type::kFloat16:
+        widen_row(reinterpret_cast<const Float16*>(vector.data) + c, to, count);
+        break;
+      default:
+        widen_row(reinterpret_cast<const BFloat16*>(vector.data) + c, to, count);
+        break;
     }
   }
 };
@@ -137,7 +151,8 @@ inline float row_total(const X* row, const char* ahead, int64_t D) {
   Vec total = broadcast(0.0f);
   int64_t c = 0;
   for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
-    for (int byte = 0; byte < 2 * kLanes * int(sizeof(X)); byte += 64) __builtin_prefetch(ahead + c * int64_t(sizeof(X)) + byte, 0, 2);
+    for (int byte = 0; byte < 2 * kLanes * int(sizeof(X)); byte += 64)
+      __builtin_prefetch(ahead + c * int64_t(sizeof(X)) + byte, 0, 2);
     Vec a, b;
     load_pair(row + c, a, b);
     total = add(total, add(a, b));
@@ -169,7 +184,8 @@ inline float sum_of_squares(const X* row, float mean, int64_t D) {
 
 // h = (row - mean) * inverse * factor + offset, for R rows that share factor and offset.
 template <class X, int R>
-inline void modulate_rows(const X* const* rows, const float* means, const float* inverses, const Modulation& modulation, X* const* h, int64_t D) {
+inline void modulate_rows(const X* const* rows, const float* means, const float* inverses,
+                          const Modulation& modulation, X* const* h, int64_t D) {
   Vec mean[R], inverse[R];
   for (int r = 0; r < R; ++r) mean[r] = broadcast(means[r]), inverse[r] = broadcast(inverses[r]);
   int64_t c = 0;
@@ -188,14 +204,16 @@ inline void modulate_rows(const X* const* rows, const float* means, const float*
     const int rest = D - c < kLanes ? int(D - c) : kLanes;
     for (int r = 0; r < R; ++r) {
       const Vec value = mul(sub(load_part(rows[r] + c, rest), mean[r]), inverse[r]);
-      store_part(h[r] + c, rounded(fma(value, load(modulation.factor + c), load(modulation.offset + c)), h[r]), rest);
+      store_part(h[r] + c,
+                 rounded(fma(value, load(modulation.factor + c), load(modulation.offset + c)), h[r]), rest);
     }
   }
 }
 
 // Normalises and modulates finished rows [n, n + count) of x' (type X); totals are their sums.
 template <class X>
-void norm_rows(const Plan& plan, int64_t b, int64_t n, int count, char* const* finished, const float* totals, Modulation& modulation) {
+void norm_rows(const Plan& plan, int64_t b, int64_t n, int count, char* const* finished, const float* totals,
+               Modulation& modulation) {
   const X* rows[kGroup];
   X* h[kGroup];
   float mean[kGroup], inverse[kGroup];
@@ -209,8 +227,12 @@ void norm_rows(const Plan& plan, int64_t b, int64_t n, int count, char* const* f
     rows[w] = row;
     h[w] = reinterpret_cast<X*>(plan.modulated.at(b, target));
     mean[w] = plan.norm == Norm::kLayer ? totals[r] / float(plan.D) : 0.0f;
-    inverse[w] = plan.norm == Norm::kIdentity ? 1.0f : 1.0f / __builtin_sqrtf(sum_of_squares(row, mean[w], plan.D) / float(plan.D) + plan.eps);
-    shared = shared && plan.shift.at(b, n + r) == plan.shift.at(b, n) && plan.scale.at(b, n + r) == plan.scale.at(b, n);
+    inverse[w] =
+        plan.norm == Norm::kIdentity
+            ? 1.0f
+            : 1.0f / __builtin_sqrtf(sum_of_squares(row, mean[w], plan.D) / float(plan.D) + plan.eps);
+    shared = shared && plan.shift.at(b, n + r) == plan.shift.at(b, n) &&
+             plan.scale.at(b, n + r) == plan.scale.at(b, n);
     if (!shared || count < kGroup) {
       modulation.prepare(plan, b, n + r);
       modulate_rows<X, 1>(&rows[w], &mean[w], &inverse[w], modulation, &h[w], plan.D);
@@ -223,7 +245,8 @@ void norm_rows(const Plan& plan, int64_t b, int64_t n, int count, char* const* f
     modulate_rows<X, kGroup>(rows, mean, inverse, modulation, h, plan.D);
     return;
   }
-  for (int w = 0; w < wanted; ++w) modulate_rows<X, 1>(rows + w, mean + w, inverse + w, modulation, h + w, plan.D);
+  for (int w = 0; w < wanted; ++w)
+    modulate_rows<X, 1>(rows + w, mean + w, inverse + w, modulation, h + w, plan.D);
 }
 
 }  // namespace

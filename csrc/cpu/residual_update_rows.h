@@ -32,9 +32,15 @@ void store_row(const Plan& plan, int64_t b, int64_t n, int64_t k) {
   const F* fresh = reinterpret_cast<const F*>(plan.store.fresh.at(b, k));
   char* slot = plan.store.slot.at(b, n);
   switch (plan.store.slot.type) {
-    case Type::kFloat32: copy_row(fresh, reinterpret_cast<float*>(slot), plan.D); break;
-    case Type::kFloat16: copy_row(fresh, reinterpret_cast<Float16*>(slot), plan.D); break;
-    case Type::kBFloat16: copy_row(fresh, reinterpret_cast<BFloat16*>(slot), plan.D); break;
+    case Type::kFloat32:
+      copy_row(fresh, reinterpret_cast<float*>(slot), plan.D);
+      break;
+    case Type::kFloat16:
+      copy_row(fresh, reinterpret_cast<Float16*>(slot), plan.D);
+      break;
+    case Type::kBFloat16:
+      copy_row(fresh, reinterpret_cast<BFloat16*>(slot), plan.D);
+      break;
     default: {
       float* scale = reinterpret_cast<float*>(plan.store.slot_scale.at(b, n));
       *scale = compress_row(fresh, reinterpret_cast<Float8*>(slot), plan.D);
@@ -47,9 +53,15 @@ void store_rows(const Plan& plan, int64_t b, int64_t first, int64_t last) {
     const int64_t k = plan.store.source ? plan.store.source[b * plan.N + n] : n;
     if (k < 0) continue;
     switch (plan.store.fresh.type) {
-      case Type::kFloat32: store_row<float>(plan, b, n, k); break;
-      case Type::kFloat16: store_row<Float16>(plan, b, n, k); break;
-      default: store_row<BFloat16>(plan, b, n, k); break;
+      case Type::kFloat32:
+        store_row<float>(plan, b, n, k);
+        break;
+      case Type::kFloat16:
+        store_row<Float16>(plan, b, n, k);
+        break;
+      default:
+        store_row<BFloat16>(plan, b, n, k);
+        break;
     }
   }
 }
@@ -63,7 +75,8 @@ void error_row(const Plan& plan, int64_t b, int64_t n) {
   for (int64_t c = 0; c < plan.D; c += kLanes) {
     const int count = plan.D - c < kLanes ? int(plan.D - c) : kLanes;
     const bool whole = count == kLanes;
-    const Vec f = whole ? mul(load(feature + c), scale) : keep_first(mul(load_part(feature + c, count), scale), count);
+    const Vec f =
+        whole ? mul(load(feature + c), scale) : keep_first(mul(load_part(feature + c, count), scale), count);
     const Vec r = whole ? load(reference + c) : load_part(reference + c, count);
     difference.add(magnitude(sub(f, r)));
     size.add(magnitude(f));
@@ -78,19 +91,33 @@ void error_row(const Plan& plan, int64_t b, int64_t n) {
 template <class F>
 void error_row_of(const Plan& plan, int64_t b, int64_t n) {
   switch (plan.reference.type) {
-    case Type::kFloat32: error_row<F, float>(plan, b, n); break;
-    case Type::kFloat16: error_row<F, Float16>(plan, b, n); break;
-    default: error_row<F, BFloat16>(plan, b, n); break;
+    case Type::kFloat32:
+      error_row<F, float>(plan, b, n);
+      break;
+    case Type::kFloat16:
+      error_row<F, Float16>(plan, b, n);
+      break;
+    default:
+      error_row<F, BFloat16>(plan, b, n);
+      break;
   }
 }
 
 void error_rows(const Plan& plan, int64_t b, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; ++n) {
     switch (plan.newest->feature.type) {
-      case Type::kFloat32: error_row_of<float>(plan, b, n); break;
-      case Type::kFloat16: error_row_of<Float16>(plan, b, n); break;
-      case Type::kBFloat16: error_row_of<BFloat16>(plan, b, n); break;
-      default: error_row_of<Float8>(plan, b, n); break;
+      case Type::kFloat32:
+        error_row_of<float>(plan, b, n);
+        break;
+      case Type::kFloat16:
+        error_row_of<Float16>(plan, b, n);
+        break;
+      case Type::kBFloat16:
+        error_row_of<BFloat16>(plan, b, n);
+        break;
+      default:
+        error_row_of<Float8>(plan, b, n);
+        break;
     }
   }
 }
@@ -116,7 +143,8 @@ void group_of_rows(const Plan& plan, int64_t b, int64_t n, int rows, float* scra
       const X* x = reinterpret_cast<const X*>(plan.x.at(b, n + r));
       if (plan.updated) __builtin_memcpy(group.rounded[r], x, plan.D * sizeof(X));
       group.rounded[r] = plan.x.at(b, n + r);
-      if (plan.norm == Norm::kLayer) group.total[r] = row_total(x, plan.x.at(b, n + r + kGroup < plan.N ? n + r + kGroup : n), plan.D);
+      if (plan.norm == Norm::kLayer)
+        group.total[r] = row_total(x, plan.x.at(b, n + r + kGroup < plan.N ? n + r + kGroup : n), plan.D);
     }
   }
   if (plan.norm != Norm::kNone) norm_rows<X>(plan, b, n, rows, group.rounded, group.total, modulation);
@@ -137,7 +165,8 @@ void blocks(const Plan& plan, int64_t begin, int64_t end, float* scratch) {
     for (int64_t n = first; n < last && stream;) {
       const bool shared = !plan.gates.row || plan.gates.span - n % plan.gates.span >= kGroup;
       const int rows = last - n == kGroup && shared && !packed_only ? kGroup : 1;
-      if (!packed_only || plan.target[b * plan.N + n] >= 0) group_of_rows<X>(plan, b, n, rows, scratch, modulation);
+      if (!packed_only || plan.target[b * plan.N + n] >= 0)
+        group_of_rows<X>(plan, b, n, rows, scratch, modulation);
       n += rows;
     }
   }
@@ -145,9 +174,15 @@ void blocks(const Plan& plan, int64_t begin, int64_t end, float* scratch) {
 
 void residual_update_rows(const Plan& plan, int64_t begin, int64_t end, float* scratch) {
   switch (plan.x.type) {
-    case Type::kFloat32: blocks<float>(plan, begin, end, scratch); break;
-    case Type::kFloat16: blocks<Float16>(plan, begin, end, scratch); break;
-    default: blocks<BFloat16>(plan, begin, end, scratch); break;
+    case Type::kFloat32:
+      blocks<float>(plan, begin, end, scratch);
+      break;
+    case Type::kFloat16:
+      blocks<Float16>(plan, begin, end, scratch);
+      break;
+    default:
+      blocks<BFloat16>(plan, begin, end, scratch);
+      break;
   }
 }
 

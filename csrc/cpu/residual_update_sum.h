@@ -34,11 +34,11 @@ inline float row_scale(const Term& term, int64_t b, int64_t n) {
 struct Group {
   int64_t b, n;
   int rows;
-  int64_t begin, end;      // columns
-  float* sums;             // fp32, `pitch` floats from row to row
+  int64_t begin, end;  // columns
+  float* sums;         // fp32, `pitch` floats from row to row
   int64_t pitch;
-  char* rounded[kGroup];   // rows of x' (or of scratch), in the type of x
-  float total[kGroup];     // sum of each rounded row so far
+  char* rounded[kGroup];  // rows of x' (or of scratch), in the type of x
+  float total[kGroup];    // sum of each rounded row so far
 };
 
 // What is read next: the same rows of the next term, or the next rows.
@@ -70,16 +70,19 @@ void add_term(const Plan& plan, const Term& term, Group& group, const Ahead& ahe
     total[r] = broadcast(0.0f);
   }
   // Without a gate G is NoGate, which is never read.
-  const G* gate = reinterpret_cast<const G*>(term.gate ? term.gate + (plan.gates.at(group.b, group.n) - plan.gates.data) : nullptr);
+  const G* gate = reinterpret_cast<const G*>(
+      term.gate ? term.gate + (plan.gates.at(group.b, group.n) - plan.gates.data) : nullptr);
   const Vec weight = broadcast(term.weight);
   constexpr int kPair = 2 * kLanes;
-  constexpr int kLine = 64 / int(sizeof(F)) > kPair ? 64 / int(sizeof(F)) : kPair;  // a cache line of F, or a pair
+  constexpr int kLine =
+      64 / int(sizeof(F)) > kPair ? 64 / int(sizeof(F)) : kPair;  // a cache line of F, or a pair
   int64_t c = group.begin;
   while (c + kLine <= group.end) {
     for (int r = 0; r < R; ++r) {
       for (int byte = 0; byte < kLine * int(sizeof(F)); byte += 64) {
         __builtin_prefetch(ahead.feature + r * ahead.row + c * int64_t(sizeof(F)) + byte, 0, 2);
-        if constexpr (stage & kFirst) __builtin_prefetch(ahead.x + r * plan.x.row + c * int64_t(sizeof(F)) + byte, 0, 2);
+        if constexpr (stage & kFirst)
+          __builtin_prefetch(ahead.x + r * plan.x.row + c * int64_t(sizeof(F)) + byte, 0, 2);
       }
     }
     __builtin_prefetch(ahead.gate + c * int64_t(sizeof(G)), 0, 2);
@@ -131,8 +134,10 @@ void add_term(const Plan& plan, const Term& term, Group& group, const Ahead& ahe
 
 using AddTerm = void (*)(const Plan&, const Term&, Group&, const Ahead&);
 
-template <class F> constexpr bool kIsStream = true;  // x can have this type
-template <> constexpr bool kIsStream<Float8> = false;
+template <class F>
+constexpr bool kIsStream = true;  // x can have this type
+template <>
+constexpr bool kIsStream<Float8> = false;
 
 template <class F, class G, int R>
 AddTerm add_term_of(bool scaled, int stage) {
@@ -150,19 +155,26 @@ AddTerm add_term_of(const Plan& plan, const Term& term, int stage) {
   const bool scaled = static_cast<bool>(term.row_scale);
   if (!term.gate) return add_term_of<F, NoGate, R>(scaled, stage);
   switch (plan.gates.type) {
-    case Type::kFloat32: return add_term_of<F, float, R>(scaled, stage);
-    case Type::kFloat16: return add_term_of<F, Float16, R>(scaled, stage);
-    default: return add_term_of<F, BFloat16, R>(scaled, stage);
+    case Type::kFloat32:
+      return add_term_of<F, float, R>(scaled, stage);
+    case Type::kFloat16:
+      return add_term_of<F, Float16, R>(scaled, stage);
+    default:
+      return add_term_of<F, BFloat16, R>(scaled, stage);
   }
 }
 
 template <int R>
 AddTerm add_term_of(const Plan& plan, const Term& term, int stage) {
   switch (term.feature.type) {
-    case Type::kFloat32: return add_term_of<float, R>(plan, term, stage);
-    case Type::kFloat16: return add_term_of<Float16, R>(plan, term, stage);
-    case Type::kBFloat16: return add_term_of<BFloat16, R>(plan, term, stage);
-    default: return add_term_of<Float8, R>(plan, term, stage);
+    case Type::kFloat32:
+      return add_term_of<float, R>(plan, term, stage);
+    case Type::kFloat16:
+      return add_term_of<Float16, R>(plan, term, stage);
+    case Type::kBFloat16:
+      return add_term_of<BFloat16, R>(plan, term, stage);
+    default:
+      return add_term_of<Float8, R>(plan, term, stage);
   }
 }
 
@@ -172,7 +184,9 @@ inline Ahead ahead_of(const Plan& plan, const Term& term, int64_t b, int64_t n, 
 }
 
 // Can the term start from x, or end in x', itself?
-inline bool like_stream(const Plan& plan, const Term& term) { return term.feature.type == plan.x.type && !term.row_scale; }
+inline bool like_stream(const Plan& plan, const Term& term) {
+  return term.feature.type == plan.x.type && !term.row_scale;
+}
 
 // x + all terms, rounded to group.rounded, with the row sums in group.total. At least one term.
 template <class X>
@@ -191,13 +205,17 @@ void sum_terms(const Plan& plan, Group& group) {
     for (int64_t j = 0; j < count; ++j) {
       const bool last = j + 1 == count;
       const int stage = (j == 0 && from_x ? kFirst : 0) | (last && to_x ? kLast : 0);
-      const AddTerm add = group.rows == kGroup ? add_term_of<kGroup>(plan, plan.terms[j], stage) : add_term_of<1>(plan, plan.terms[j], stage);
+      const AddTerm add = group.rows == kGroup ? add_term_of<kGroup>(plan, plan.terms[j], stage)
+                                               : add_term_of<1>(plan, plan.terms[j], stage);
       const char* x = plan.x.at(group.b, following);
-      add(plan, plan.terms[j], group, last ? ahead_of(plan, plan.terms[0], group.b, following, x) : ahead_of(plan, plan.terms[j + 1], group.b, group.n, x));
+      add(plan, plan.terms[j], group,
+          last ? ahead_of(plan, plan.terms[0], group.b, following, x)
+               : ahead_of(plan, plan.terms[j + 1], group.b, group.n, x));
     }
     for (int r = 0; r < group.rows && !to_x; ++r) {
       X* row = reinterpret_cast<X*>(group.rounded[r]);
-      group.total[r] += round_row(group.sums + r * group.pitch + group.begin, row + group.begin, group.end - group.begin);
+      group.total[r] +=
+          round_row(group.sums + r * group.pitch + group.begin, row + group.begin, group.end - group.begin);
     }
   }
 }

@@ -22,7 +22,8 @@ void run_tiles(int64_t begin, int64_t end, void* context) {
 void run(const char* name, ScorePlan& plan, Outputs& outputs, const Kernels& kernels) {
   const int64_t sizes[] = {plan.B, plan.N};
   plan.out = static_cast<float*>(outputs.add(0, float32_dtype(), 2, sizes));
-  const int64_t tiles = plan.B * ((plan.N + kScoreTile - 1) / kScoreTile), tile = kScoreTile * (plan.D * (plan.by_heads ? plan.heads : 1) + 1);
+  const int64_t tiles = plan.B * ((plan.N + kScoreTile - 1) / kScoreTile),
+                tile = kScoreTile * (plan.D * (plan.by_heads ? plan.heads : 1) + 1);
   Launch launch{plan, kernels};
   if (torch_parallel_for(0, tiles, (kElementsPerThread + tile - 1) / tile, run_tiles, &launch) != 0) {
     fail(std::string(name) + ": an error in PyTorch's thread pool");

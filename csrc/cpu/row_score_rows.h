@@ -45,7 +45,8 @@ inline double dot(const X* x, const Y* y, int64_t D) {
 // Norms and product of two rows in one pass.
 template <class X, class Y>
 inline float distance(const X* x, const Y* y, int64_t D) {
-  Vec products[2] = {broadcast(0.0f), broadcast(0.0f)}, mine[2] = {products[0], products[0]}, others[2] = {products[0], products[0]};
+  Vec products[2] = {broadcast(0.0f), broadcast(0.0f)}, mine[2] = {products[0], products[0]},
+      others[2] = {products[0], products[0]};
   int64_t c = 0;
   for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
     Vec a[2], b[2];
@@ -64,7 +65,8 @@ inline float distance(const X* x, const Y* y, int64_t D) {
     mine[0] = fma(a, a, mine[0]);
     others[0] = fma(b, b, others[0]);
   }
-  double norms[2] = {__builtin_sqrt(wide_sum(mine[0]) + wide_sum(mine[1])), __builtin_sqrt(wide_sum(others[0]) + wide_sum(others[1]))};
+  double norms[2] = {__builtin_sqrt(wide_sum(mine[0]) + wide_sum(mine[1])),
+                     __builtin_sqrt(wide_sum(others[0]) + wide_sum(others[1]))};
   for (double& norm : norms) norm = norm < 1e-8 ? 1e-8 : norm;  // a NaN stays
   return float(1.0 - (wide_sum(products[0]) + wide_sum(products[1])) / (norms[0] * norms[1]));
 }
@@ -75,9 +77,12 @@ float row_score_of(const ScorePlan& plan, int64_t b, int64_t n) {
   if (!plan.reference) return float(__builtin_sqrt(dot(x, x, plan.D)));
   const char* y = plan.reference.at(b, n);
   switch (plan.reference.type) {
-    case Type::kFloat32: return distance(x, reinterpret_cast<const float*>(y), plan.D);
-    case Type::kFloat16: return distance(x, reinterpret_cast<const Float16*>(y), plan.D);
-    default: return distance(x, reinterpret_cast<const BFloat16*>(y), plan.D);
+    case Type::kFloat32:
+      return distance(x, reinterpret_cast<const float*>(y), plan.D);
+    case Type::kFloat16:
+      return distance(x, reinterpret_cast<const Float16*>(y), plan.D);
+    default:
+      return distance(x, reinterpret_cast<const BFloat16*>(y), plan.D);
   }
 }
 
@@ -94,7 +99,8 @@ void value_norms(const ScorePlan& plan, int64_t b, int64_t first, int64_t count,
     for (int64_t n = 0; n < count; ++n) {
       const char* ahead = plan.x.at(b, n + 2 < count ? first + n + 2 : first);
       for (int64_t h = 0; h < plan.heads; ++h) {
-        for (int64_t byte = 0; byte < plan.D * int64_t(sizeof(X)); byte += 64) __builtin_prefetch(ahead + h * plan.head + byte);
+        for (int64_t byte = 0; byte < plan.D * int64_t(sizeof(X)); byte += 64)
+          __builtin_prefetch(ahead + h * plan.head + byte);
         add_head(h, n);
       }
     }
@@ -123,9 +129,15 @@ void score_tiles(const ScorePlan& plan, int64_t begin, int64_t end) {
 
 void row_scores(const ScorePlan& plan, int64_t begin, int64_t end) {
   switch (plan.x.type) {
-    case Type::kFloat32: score_tiles<float>(plan, begin, end); break;
-    case Type::kFloat16: score_tiles<Float16>(plan, begin, end); break;
-    default: score_tiles<BFloat16>(plan, begin, end); break;
+    case Type::kFloat32:
+      score_tiles<float>(plan, begin, end);
+      break;
+    case Type::kFloat16:
+      score_tiles<Float16>(plan, begin, end);
+      break;
+    default:
+      score_tiles<BFloat16>(plan, begin, end);
+      break;
   }
 }
 

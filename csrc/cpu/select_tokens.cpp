@@ -61,4 +61,6 @@ void select_tokens(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
 
 }  // namespace fastcache
 
-STABLE_TORCH_LIBRARY_IMPL(fastcache, CPU, library) { library.impl("select_tokens_", &fastcache::select_tokens); }
+STABLE_TORCH_LIBRARY_IMPL(fastcache, CPU, library) {
+  library.impl("select_tokens_", &fastcache::select_tokens);
+}

@@ -18,7 +18,8 @@ namespace {
 
 using fastcache::SelectPlan;
 
-constexpr int kBinBits = 11, kBins = 1 << kBinBits, kFewBinBits = 8;  // few: for rows shorter than clearing 2048 bins
+constexpr int kBinBits = 11, kBins = 1 << kBinBits,
+              kFewBinBits = 8;  // few: for rows shorter than clearing 2048 bins
 constexpr uint32_t kNanKey = 0xffffffffu;
 
 // A product that is rounded: the compiler may not contract it with an addition.
@@ -58,7 +59,8 @@ inline float norm_of(const float* score, int64_t N) {
 
 // Rows of unit stride; `keys` may be the memory of the slots.
 inline void write_keys(const SelectPlan& plan, const float* score, const int32_t* age, uint32_t* keys) {
-  const Vec norm = broadcast(plan.normalize ? norm_of(score, plan.N) : 1.0f), weight = broadcast(plan.age_weight);
+  const Vec norm = broadcast(plan.normalize ? norm_of(score, plan.N) : 1.0f),
+            weight = broadcast(plan.age_weight);
   for (int64_t n = 0; n < plan.N; n += kLanes) {
     const int count = plan.N - n < kLanes ? int(plan.N - n) : kLanes;
     Vec total = count == kLanes ? load(score + n) : load_part(score + n, count);
@@ -105,9 +107,11 @@ inline int64_t keys_between(const uint32_t* keys, int64_t N, uint32_t first, uin
 #if defined(__AVX512F__)
   for (; n + 16 <= N; n += 16) {
     const __m512i key = _mm512_loadu_si512(keys + n);
-    const unsigned inside = _mm512_cmple_epu32_mask(_mm512_sub_epi32(key, _mm512_set1_epi32(int(first))), _mm512_set1_epi32(int(span)));
+    const unsigned inside = _mm512_cmple_epu32_mask(_mm512_sub_epi32(key, _mm512_set1_epi32(int(first))),
+                                                    _mm512_set1_epi32(int(span)));
     const unsigned found = unsigned(__builtin_popcount(inside));
-    _mm512_mask_storeu_epi32(kept + count, __mmask16((1u << found) - 1), _mm512_maskz_compress_epi32(__mmask16(inside), key));
+    _mm512_mask_storeu_epi32(kept + count, __mmask16((1u << found) - 1),
+                             _mm512_maskz_compress_epi32(__mmask16(inside), key));
     count += found;
   }
 #endif
@@ -130,7 +134,8 @@ inline Threshold threshold_of(const uint32_t* keys, int64_t N, int64_t wanted, u
     uint32_t bin = (high - low) >> shift;
     for (auto& half : bins) __builtin_memset(half, 0, (bin + 1) * sizeof(uint32_t));
     const int64_t pairs = N & ~int64_t(1);
-    for (int64_t n = 0; n < pairs; n += 2) ++bins[0][(keys[n] - low) >> shift], ++bins[1][(keys[n + 1] - low) >> shift];
+    for (int64_t n = 0; n < pairs; n += 2)
+      ++bins[0][(keys[n] - low) >> shift], ++bins[1][(keys[n + 1] - low) >> shift];
     if (pairs < N) ++bins[0][(keys[pairs] - low) >> shift];
     for (int64_t inside; (inside = int64_t(bins[0][bin]) + bins[1][bin]) < wanted; --bin) wanted -= inside;
     low += bin << shift;
@@ -144,7 +149,8 @@ inline Threshold threshold_of(const uint32_t* keys, int64_t N, int64_t wanted, u
 }
 
 // slots (in the place of the keys), ages and index of one row, of which `count` tokens are chosen.
-inline void write_choice(uint32_t* keys, int32_t* age, int32_t* index, int64_t N, int64_t count, Threshold threshold) {
+inline void write_choice(uint32_t* keys, int32_t* age, int32_t* index, int64_t N, int64_t count,
+                         Threshold threshold) {
   int64_t n = 0, chosen = 0, ties = threshold.of_ties;
   int32_t* slots = reinterpret_cast<int32_t*>(keys);
 #if defined(__AVX512F__)
@@ -155,17 +161,22 @@ inline void write_choice(uint32_t* keys, int32_t* age, int32_t* index, int64_t N
     unsigned equal = _mm512_cmpeq_epi32_mask(key, limit);
     if (__builtin_popcount(equal) > ties) equal = _pdep_u32((1u << ties) - 1, equal);
     ties -= __builtin_popcount(equal);
-    const unsigned mask = equal | _mm512_cmpgt_epu32_mask(key, limit), found = unsigned(__builtin_popcount(mask));
-    const __m512i tokens = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(n))), rows = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(chosen)));
-    _mm512_mask_storeu_epi32(index + chosen, __mmask16((1u << found) - 1), _mm512_maskz_compress_epi32(__mmask16(mask), tokens));
+    const unsigned mask = equal | _mm512_cmpgt_epu32_mask(key, limit),
+                   found = unsigned(__builtin_popcount(mask));
+    const __m512i tokens = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(n))),
+                  rows = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(chosen)));
+    _mm512_mask_storeu_epi32(index + chosen, __mmask16((1u << found) - 1),
+                             _mm512_maskz_compress_epi32(__mmask16(mask), tokens));
     _mm512_storeu_si512(slots + n, _mm512_mask_expand_epi32(_mm512_set1_epi32(-1), __mmask16(mask), rows));
     const __m512i older = _mm512_add_epi32(_mm512_loadu_si512(age + n), _mm512_set1_epi32(1));
     _mm512_storeu_si512(age + n, _mm512_maskz_mov_epi32(__mmask16(~mask), older));
     chosen += found;
   }
 #endif
-  for (; n < N && chosen < count; ++n) {  // without branches: the place after the last chosen one is still free
-    const int32_t tie = int32_t(keys[n] == threshold.key) & int32_t(ties > 0), taken = int32_t(keys[n] > threshold.key) | tie;
+  for (; n < N && chosen < count;
+       ++n) {  // without branches: the place after the last chosen one is still free
+    const int32_t tie = int32_t(keys[n] == threshold.key) & int32_t(ties > 0),
+                  taken = int32_t(keys[n] > threshold.key) | tie;
     ties -= tie;
     index[chosen] = int32_t(n);
     slots[n] = ((int32_t(chosen) + 1) & -taken) - 1;

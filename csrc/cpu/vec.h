@@ -15,9 +15,15 @@
 
 namespace {
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
-struct Float8 { uint8_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+struct Float8 {
+  uint8_t bits;
+};
 struct NoGate {};  // a gate of one that takes no memory
 
 inline float bits_to_float(uint32_t bits) {
@@ -36,7 +42,8 @@ inline uint32_t float_to_bits(float value) {
 inline uint8_t to_float8(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + bits_to_float(141u << 23)) - (141u << 23);
+  const uint32_t subnormal =
+      float_to_bits(bits_to_float(magnitude) + bits_to_float(141u << 23)) - (141u << 23);
   const uint32_t normal = (magnitude + (uint32_t(7 - 127) << 23) + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
   const uint32_t finite = magnitude < (121u << 23) ? subnormal : normal;
   return uint8_t((magnitude >= (1087u << 20) ? 0x7fu : finite) | ((bits >> 24) & 0x80u));
@@ -71,11 +78,15 @@ inline void store_pair(T* p, Vec& a, Vec& b) {
 
 // A row's end: as many values as are left, at most a vector.
 template <class T>
-inline Vec load_some(const T* p, int64_t left) { return left >= kLanes ? load(p) : load_part(p, int(left)); }
+inline Vec load_some(const T* p, int64_t left) {
+  return left >= kLanes ? load(p) : load_part(p, int(left));
+}
 template <class T>
 inline void store_some(T* p, Vec a, int64_t left) {
-  if (left >= kLanes) store(p, a);
-  else store_part(p, a, int(left));
+  if (left >= kLanes)
+    store(p, a);
+  else
+    store_part(p, a, int(left));
 }
 
 inline Vec load(const NoGate*) { return broadcast(1.0f); }

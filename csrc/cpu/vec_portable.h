@@ -49,7 +49,9 @@ inline Vec nearest(Vec a) {  // of magnitudes below 2^22
   return (a + shift) - shift;
 }
 // whole in -126 .. 127
-inline Vec times_power_of_two(Vec a, Vec whole) { return a * Vec((__builtin_convertvector(whole, Mask) + 127) << 23); }
+inline Vec times_power_of_two(Vec a, Vec whole) {
+  return a * Vec((__builtin_convertvector(whole, Mask) + 127) << 23);
+}
 inline Vec keep_first(Vec a, int count) { return Vec(Mask(a) & (Mask{0, 1, 2, 3} < count)); }
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline float largest_magnitude(Vec a) {
@@ -80,20 +82,24 @@ inline Vec load(const float* p) {
   return a;
 }
 
-inline Vec load(const BFloat16* p) { return Vec(FASTCACHE_SHUFFLE(Words{}, words(p), 0, 8, 1, 9, 2, 10, 3, 11)); }
+inline Vec load(const BFloat16* p) {
+  return Vec(FASTCACHE_SHUFFLE(Words{}, words(p), 0, 8, 1, 9, 2, 10, 3, 11));
+}
 
 inline Vec load(const Float16* p) {
   const Bits raw = Bits(FASTCACHE_SHUFFLE(words(p), Words{}, 0, 8, 1, 9, 2, 10, 3, 11));
   const Bits magnitude = raw & 0x7fffu;
   const Bits fraction = (magnitude & 0x3ffu) << 13;
   const Bits special = fraction | 0x7f800000u | (Bits(fraction != 0) & 0x400000u);
-  return Vec(pick(Bits(magnitude >= 0x7c00u), special, widen_small(magnitude, 10, 15)) | (raw & 0x8000u) << 16);
+  return Vec(pick(Bits(magnitude >= 0x7c00u), special, widen_small(magnitude, 10, 15)) | (raw & 0x8000u)
+                                                                                             << 16);
 }
 
 inline Vec load(const Float8* p) {
   const Bits raw = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
   const Bits magnitude = raw & 0x7fu;
-  return Vec(pick(Bits(magnitude == 0x7fu), Bits{} + 0x7fc00000u, widen_small(magnitude, 3, 7)) | (raw & 0x80u) << 24);
+  return Vec(pick(Bits(magnitude == 0x7fu), Bits{} + 0x7fc00000u, widen_small(magnitude, 3, 7)) |
+             (raw & 0x80u) << 24);
 }
 
 // float32 to float16 bits; in the subnormal range the addition rounds to nearest even.

@@ -10,7 +10,7 @@ struct Call {
   Common common;
   const TokenRows* features;
   int32_t feature_count;
-  int width;            // columns that can be read at once in all tensors
+  int width;  // columns that can be read at once in all tensors
   int32_t device;
   int multiprocessors;
   void* stream;

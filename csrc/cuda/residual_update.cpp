@@ -32,7 +32,8 @@ void* new_rows(Outputs& outputs, int index, const Tensor& x, int64_t rows) {
 // Memory that a launch needs and its caller does not; PyTorch's allocator hands it out again in stream order.
 class Workspace {
  public:
-  Workspace(const Tensor& x, int64_t floats) : outputs_(x), data_(static_cast<float*>(outputs_.add(kErrors, float32_dtype(), 1, &floats))) {}
+  Workspace(const Tensor& x, int64_t floats)
+      : outputs_(x), data_(static_cast<float*>(outputs_.add(kErrors, float32_dtype(), 1, &floats))) {}
   float* data() const { return data_; }
 
  private:
@@ -47,9 +48,12 @@ void launch_typed(const Call& call, bool rows) {
 
 void launch_update(const Call& call, bool rows) {
   switch (call.common.x_type) {
-    case Type::kFloat32: return launch_typed<Type::kFloat32>(call, rows);
-    case Type::kFloat16: return launch_typed<Type::kFloat16>(call, rows);
-    default: return launch_typed<Type::kBFloat16>(call, rows);
+    case Type::kFloat32:
+      return launch_typed<Type::kFloat32>(call, rows);
+    case Type::kFloat16:
+      return launch_typed<Type::kFloat16>(call, rows);
+    default:
+      return launch_typed<Type::kBFloat16>(call, rows);
   }
 }
 
@@ -58,7 +62,9 @@ void run(const Arguments& a, Outputs& outputs) {
   if (a.scatter) check_slot_memory(a);
   const bool rows = cuda::needs_rows(a);
   if (rows && a.x.sizes[2] > cuda::kMostChannels) {
-    fail("x: at most " + std::to_string(cuda::kMostChannels) + " channels with norm, reference or a float8 slot on a GPU, got " + std::to_string(a.x.sizes[2]) + "; use FASTCACHE_BACKEND=eager");
+    fail("x: at most " + std::to_string(cuda::kMostChannels) +
+         " channels with norm, reference or a float8 slot on a GPU, got " + std::to_string(a.x.sizes[2]) +
+         "; use FASTCACHE_BACKEND=eager");
   }
   const cuda::DeviceScope scope(a.x.device_index);
   Call call{};
@@ -101,9 +107,13 @@ void call_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs, bool sca
 
 }  // namespace
 
-void cuda::residual_update(StableIValue* stack, uint64_t inputs, uint64_t outputs) { call_boxed(stack, inputs, outputs, false); }
+void cuda::residual_update(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  call_boxed(stack, inputs, outputs, false);
+}
 
-void cuda::residual_update_scatter(StableIValue* stack, uint64_t inputs, uint64_t outputs) { call_boxed(stack, inputs, outputs, true); }
+void cuda::residual_update_scatter(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  call_boxed(stack, inputs, outputs, true);
+}
 
 }  // namespace fastcache
 

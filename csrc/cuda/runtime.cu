@@ -17,7 +17,8 @@ constexpr int kMostDevices = 64;
 __device__ int32_t flag;  // zero in every context that loads the library
 
 void must(cudaError_t code, const char* call) {
-  if (code != cudaSuccess) throw std::runtime_error(std::string("fastcache: ") + call + ": " + cudaGetErrorString(code));
+  if (code != cudaSuccess)
+    throw std::runtime_error(std::string("fastcache: ") + call + ": " + cudaGetErrorString(code));
 }
 #define FASTCACHE_MUST(call) must((call), #call)
 
@@ -37,7 +38,8 @@ DeviceScope::~DeviceScope() {
 
 void* current_stream(int32_t device) {
   void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device, &stream) != 0) throw std::runtime_error("fastcache: PyTorch has no current CUDA stream");
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != 0)
+    throw std::runtime_error("fastcache: PyTorch has no current CUDA stream");
   return stream;
 }
 
@@ -70,7 +72,9 @@ int32_t take_errors(int32_t device) {
   return bits;
 }
 
-void clear(void* data, int64_t bytes, void* stream) { FASTCACHE_MUST(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream))); }
+void clear(void* data, int64_t bytes, void* stream) {
+  FASTCACHE_MUST(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
 
 void check_launch() { must(cudaGetLastError(), "kernel launch"); }
 

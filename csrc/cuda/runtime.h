@@ -20,7 +20,8 @@ class DeviceScope {
 
 void* current_stream(int32_t device);  // PyTorch's
 int multiprocessors(int32_t device);
-int32_t* error_flag(int32_t device);  // in the memory of the device; kernels set its bits, nothing clears it but take_errors
+int32_t* error_flag(
+    int32_t device);  // in the memory of the device; kernels set its bits, nothing clears it but take_errors
 int32_t take_errors(int32_t device);  // reads and clears the flag after all work on the device; waits
 void clear(void* data, int64_t bytes, void* stream);
 void check_launch();  // throws if the last launch failed

@@ -13,7 +13,8 @@ namespace {
 
 cuda::Selection selection_of(const SelectArguments& a) {
   cuda::Selection p{};
-  p.N = cuda::int32_of("tokens", a.score.sizes[1]), p.capacity = cuda::int32_of("columns of the index", a.capacity);
+  p.N = cuda::int32_of("tokens", a.score.sizes[1]),
+  p.capacity = cuda::int32_of("columns of the index", a.capacity);
   p.score = reinterpret_cast<const float*>(a.score.data);
   p.score_row = a.score.strides[0], p.score_token = a.score.strides[1];
   p.age = reinterpret_cast<int32_t*>(a.age.data);

@@ -33,13 +33,15 @@ template <Type X, int capacity>
 void add_row_configs(int32_t channels, std::vector<TunedValues>& legal) {
   for (int i = 0; i < RowConfigs<X, capacity>::count; ++i) {
     const RowConfig config = RowConfigs<X, capacity>::values[i];
-    if (channels % config.width == 0 && config.columns() >= channels) legal.push_back({config.threads, config.vectors, config.width});
+    if (channels % config.width == 0 && config.columns() >= channels)
+      legal.push_back({config.threads, config.vectors, config.width});
   }
 }
 
 template <Type X>
 void add_row_configs(int32_t channels, int32_t terms, std::vector<TunedValues>& legal) {
-  terms <= term_bucket(kFewTerms) ? add_row_configs<X, kFewTerms>(channels, legal) : add_row_configs<X, kMaxTerms>(channels, legal);
+  terms <= term_bucket(kFewTerms) ? add_row_configs<X, kFewTerms>(channels, legal)
+                                  : add_row_configs<X, kMaxTerms>(channels, legal);
 }
 
 // Every configuration that computes such a call, in no order of preference.
@@ -54,10 +56,17 @@ std::vector<TunedValues> legal_configs(Kernel kernel, Type x, int32_t channels, 
     return legal;
   }
   switch (x) {
-    case Type::kFloat32: add_row_configs<Type::kFloat32>(channels, terms, legal); break;
-    case Type::kFloat16: add_row_configs<Type::kFloat16>(channels, terms, legal); break;
-    case Type::kBFloat16: add_row_configs<Type::kBFloat16>(channels, terms, legal); break;
-    default: break;
+    case Type::kFloat32:
+      add_row_configs<Type::kFloat32>(channels, terms, legal);
+      break;
+    case Type::kFloat16:
+      add_row_configs<Type::kFloat16>(channels, terms, legal);
+      break;
+    case Type::kBFloat16:
+      add_row_configs<Type::kBFloat16>(channels, terms, legal);
+      break;
+    default:
+      break;
   }
   return legal;
 }
@@ -79,9 +88,11 @@ FASTCACHE_EXPORT int32_t fastcache_cuda_tuning_version() { return kTuningVersion
 
 // Writes up to `most` legal configurations, three numbers each, into `out` and returns how many there are.
 // kernel: 0 sum, 1 row; x: 0 float32, 1 float16, 2 bfloat16; terms: a bucket.
-FASTCACHE_EXPORT int32_t fastcache_cuda_configs(int32_t kernel, int32_t x, int32_t channels, int32_t terms, int32_t* out, int32_t most) {
+FASTCACHE_EXPORT int32_t fastcache_cuda_configs(int32_t kernel, int32_t x, int32_t channels, int32_t terms,
+                                                int32_t* out, int32_t most) {
   if (!known(kernel, x, channels)) return 0;
-  const std::vector<TunedValues> legal = legal_configs(static_cast<Kernel>(kernel), static_cast<Type>(x), channels, terms);
+  const std::vector<TunedValues> legal =
+      legal_configs(static_cast<Kernel>(kernel), static_cast<Type>(x), channels, terms);
   for (int32_t i = 0; i < std::min<int32_t>(most, legal.size()); ++i) {
     out[3 * i] = legal[i].first, out[3 * i + 1] = legal[i].second, out[3 * i + 2] = legal[i].third;
   }
@@ -89,10 +100,12 @@ FASTCACHE_EXPORT int32_t fastcache_cuda_configs(int32_t kernel, int32_t x, int32
 }
 
 // Makes such calls use a configuration from now on; 0 if it is not legal, and then nothing changes.
-FASTCACHE_EXPORT int32_t fastcache_cuda_tune(int32_t kernel, int32_t device, int32_t x, int32_t channels, int32_t terms, int32_t rows, const int32_t* values) {
+FASTCACHE_EXPORT int32_t fastcache_cuda_tune(int32_t kernel, int32_t device, int32_t x, int32_t channels,
+                                             int32_t terms, int32_t rows, const int32_t* values) {
   if (!known(kernel, x, channels)) return 0;
   const TunedValues wanted{values[0], values[1], values[2]};
-  const std::vector<TunedValues> legal = legal_configs(static_cast<Kernel>(kernel), static_cast<Type>(x), channels, terms);
+  const std::vector<TunedValues> legal =
+      legal_configs(static_cast<Kernel>(kernel), static_cast<Type>(x), channels, terms);
   if (std::find(legal.begin(), legal.end(), wanted) == legal.end()) return 0;
   const std::scoped_lock lock(writing);
   Table table = copied();

@@ -20,7 +20,9 @@ constexpr int32_t kTuningVersion = 1;
 enum class Kernel : int32_t { kSum, kRow };
 
 // Calls that share a configuration: so many features at most, so many rows (B * N) at most.
-constexpr int32_t term_bucket(int64_t features) { return features <= 2 ? 0 : features <= 16 ? 1 : features <= kFewTerms ? 2 : 3; }
+constexpr int32_t term_bucket(int64_t features) {
+  return features <= 2 ? 0 : features <= 16 ? 1 : features <= kFewTerms ? 2 : 3;
+}
 constexpr int32_t row_bucket(int64_t rows) {
   int32_t bucket = 0;
   while ((int64_t{1} << (2 * bucket)) < rows) ++bucket;
@@ -46,7 +48,8 @@ const TunedValues* find_tuned(const TuningKey& key);
 
 inline TuningKey key_of(const Call& call, Kernel kernel) {
   const Common& p = call.common;
-  return {kernel, call.device, p.x_type, p.D, term_bucket(call.feature_count), row_bucket(int64_t(p.B) * p.N)};
+  return {
+      kernel, call.device, p.x_type, p.D, term_bucket(call.feature_count), row_bucket(int64_t(p.B) * p.N)};
 }
 
 inline SumConfig chosen_sum_config(const Call& call) {

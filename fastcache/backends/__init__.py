@@ -13,6 +13,7 @@ called, whose kernel is the first available one of the device. A GPU backend che
 against eager before its first use on a device; if it disagrees, the next one is taken and a warning
 says so. Triton also runs on a CPU where TRITON_INTERPRET=1 is set and it is forced.
 """
+
 import functools
 import importlib
 import importlib.util
@@ -35,7 +36,12 @@ ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 STREAM = frozenset({"residual_update", "residual_update_scatter_"})
 TOKENS = frozenset({"select_tokens_", "row_score", "value_norm", "relative_error"})
 ATTENTION = frozenset({"attention_received"})
-IMPLEMENTS = {"cpp": STREAM | TOKENS | ATTENTION, "cuda": STREAM | TOKENS, "triton": STREAM | ATTENTION, "eager": frozenset(library.OPERATORS)}
+IMPLEMENTS = {
+    "cpp": STREAM | TOKENS | ATTENTION,
+    "cuda": STREAM | TOKENS,
+    "triton": STREAM | ATTENTION,
+    "eager": frozenset(library.OPERATORS),
+}
 
 
 class BackendError(RuntimeError):
@@ -80,11 +86,17 @@ def traced(dtype: torch.dtype):
     return eager if dtype is torch.float64 else torch.ops.fastcache
 
 
-def chosen_name(device: torch.device, dtype: torch.dtype = torch.float32, operator: str = "residual_update") -> str:
+def chosen_name(
+    device: torch.device, dtype: torch.dtype = torch.float32, operator: str = "residual_update"
+) -> str:
     """Name of the backend that `choose` returns, for reports."""
     chosen = choose(device, dtype, operator)
     names = NAMES if _forced.get() is not None else ORDER.get(device.type, ("eager",))
-    return next(name for name in names if _STATUS[name].available and operator in IMPLEMENTS[name] and _module(name) is chosen)
+    return next(
+        name
+        for name in names
+        if _STATUS[name].available and operator in IMPLEMENTS[name] and _module(name) is chosen
+    )
 
 
 @contextmanager
@@ -120,7 +132,11 @@ def _forced_or_next(name: str, device: torch.device, dtype: torch.dtype, operato
         if name == "cuda":
             tuning.ready(device)
         return _module(name)
-    return next(_module(other) for other in order if other != name and _STATUS[other].available and operator in IMPLEMENTS[other])
+    return next(
+        _module(other)
+        for other in order
+        if other != name and _STATUS[other].available and operator in IMPLEMENTS[other]
+    )
 
 
 @functools.cache
@@ -140,7 +156,9 @@ def _first_that_agrees(device: torch.device, operator: str) -> ModuleType:
 
 
 def _agrees(name: str, device: torch.device, operator: str) -> bool:
-    """Whether a backend agrees with eager; checked once per operator and device, and loudly refused if not."""
+    """Whether a backend agrees with eager; checked once per operator and device, and loudly refused if
+    not.
+    """
     key = (name, device, operator)
     if name == "eager" or key in _AGREED:
         return name == "eager" or _AGREED[key]
@@ -149,7 +167,9 @@ def _agrees(name: str, device: torch.device, operator: str) -> bool:
     tuning.ready(device)
     error = selfcheck.disagreement(_module(name), device, operator)
     if error:
-        logger.warning("backend %s disagrees with eager on %s and will not run %s: %s", name, device, operator, error)
+        logger.warning(
+            "backend %s disagrees with eager on %s and will not run %s: %s", name, device, operator, error
+        )
     _AGREED[key] = not error
     return not error
 
@@ -178,12 +198,22 @@ def _statuses() -> dict[str, BackendStatus]:
     return {
         "cpp": BackendStatus("cpp", cpu.loaded, cpu.reason),
         "cuda": BackendStatus("cuda", cuda.loaded and has_gpu, cuda_reason),
-        "triton": BackendStatus("triton", not _triton_reason(), _triton_reason() or ("interpreted on the CPU, when forced" if not has_gpu else "compiled at first use")),
+        "triton": BackendStatus(
+            "triton",
+            not _triton_reason(),
+            _triton_reason()
+            or ("interpreted on the CPU, when forced" if not has_gpu else "compiled at first use"),
+        ),
         "eager": BackendStatus("eager", True, "plain PyTorch, the definition"),
     }
 
 
 _STATUS = _statuses()
-_CHOICE = {(operator, "cpu"): native if _STATUS["cpp"].available and operator in IMPLEMENTS["cpp"] else eager for operator in library.OPERATORS}
+_CHOICE = {
+    (operator, "cpu"): native if _STATUS["cpp"].available and operator in IMPLEMENTS["cpp"] else eager
+    for operator in library.OPERATORS
+}
 _AGREED: dict[tuple[str, torch.device, str], bool] = {}
-_forced: ContextVar[str | None] = ContextVar("fastcache_backend", default=_known(os.environ.get("FASTCACHE_BACKEND") or None, "FASTCACHE_BACKEND"))
+_forced: ContextVar[str | None] = ContextVar(
+    "fastcache_backend", default=_known(os.environ.get("FASTCACHE_BACKEND") or None, "FASTCACHE_BACKEND")
+)

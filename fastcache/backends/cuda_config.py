@@ -1,4 +1,7 @@
-"""Launch configurations of the CUDA kernels as Python sees them. The heuristic and the legal set are in csrc/cuda/config.h."""
+"""Launch configurations of the CUDA kernels as Python sees them. The heuristic and the legal set are in
+csrc/cuda/config.h.
+"""
+
 import ctypes
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
@@ -42,7 +45,9 @@ class CudaKernels:
     def legal(self, key: "Key") -> tuple[SumConfig | RowConfig, ...]:
         """Every configuration that may run calls of a key."""
         numbers = (ctypes.c_int32 * (3 * MOST_CONFIGS))()
-        count = self._library.fastcache_cuda_configs(KERNELS.index(key.kernel), TYPES.index(key.dtype), key.channels, key.terms, numbers, MOST_CONFIGS)
+        count = self._library.fastcache_cuda_configs(
+            KERNELS.index(key.kernel), TYPES.index(key.dtype), key.channels, key.terms, numbers, MOST_CONFIGS
+        )
         made = SumConfig if key.kernel == "cuda.sum" else RowConfig
         size = len(made.__dataclass_fields__)
         return tuple(made(*numbers[3 * i : 3 * i + size]) for i in range(count))
@@ -50,7 +55,15 @@ class CudaKernels:
     def use(self, key: "Key", config: SumConfig | RowConfig, device: int) -> None:
         """Let calls of a key run with `config` from now on. Raises ValueError if it is not legal."""
         values = (ctypes.c_int32 * 3)(*astuple(config))
-        if not self._library.fastcache_cuda_tune(KERNELS.index(key.kernel), device, TYPES.index(key.dtype), key.channels, key.terms, key.rows, values):
+        if not self._library.fastcache_cuda_tune(
+            KERNELS.index(key.kernel),
+            device,
+            TYPES.index(key.dtype),
+            key.channels,
+            key.terms,
+            key.rows,
+            values,
+        ):
             raise ValueError(f"config: expected one of {', '.join(map(str, self.legal(key)))}, got {config}")
 
     def forget(self) -> None:

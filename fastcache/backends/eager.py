@@ -7,15 +7,30 @@ reads nothing back to the host, and is the fallback of every device.
 Shapes: x [B, N, D]; features J x [B, N, D]; a *vector* is [D], [B, D], [B, 1, D], [B, F, D]
 (F divides N: one row for N / F consecutive tokens) or [B, N, D].
 """
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastcache.backends import checks
-from fastcache.backends.eager_tokens import attention_received, relative_error, row_score, select_tokens_, value_norm
+from fastcache.backends.eager_tokens import (
+    attention_received,
+    relative_error,
+    row_score,
+    select_tokens_,
+    value_norm,
+)
 
-__all__ = ["attention_received", "relative_error", "residual_update", "residual_update_scatter_", "row_score", "select_tokens_", "value_norm"]
+__all__ = [
+    "attention_received",
+    "relative_error",
+    "residual_update",
+    "residual_update_scatter_",
+    "row_score",
+    "select_tokens_",
+    "value_norm",
+]
 FLOAT8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
@@ -43,9 +58,41 @@ def residual_update(
     that a fused and an unfused step see the same numbers. Returns (x', h, errors [B, 3]), fresh
     tensors, of shape [0] if not asked for. csrc/schema.def has every argument.
     """
-    checks.residual_update(x, features, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
+    checks.residual_update(
+        x,
+        features,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        row_slots,
+        row_count,
+        reference,
+    )
     terms = [decompressed(feature, scales, j, x) for j, feature in enumerate(features)]
-    return _outputs(x, terms, terms[-1] if terms else None, gates, gate_index, weights, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
+    return _outputs(
+        x,
+        terms,
+        terms[-1] if terms else None,
+        gates,
+        gate_index,
+        weights,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        eps,
+        row_slots,
+        row_count,
+        reference,
+        need_x,
+    )
 
 
 def residual_update_scatter_(
@@ -77,18 +124,74 @@ def residual_update_scatter_(
     slot[b, n] = fresh[b, fresh_slots[b, n]] where fresh_slots[b, n] >= 0, all rows without a map.
     Source of the method: ToCa, token-wise refresh (spec section 2.2, step 5).
     """
-    checks.residual_update_scatter(x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
-    x, reference, gates, shift, scale, norm_weight, norm_bias = (apart(t, slot) for t in (x, reference, gates, shift, scale, norm_weight, norm_bias))
+    checks.residual_update_scatter(
+        x,
+        slot,
+        fresh,
+        fresh_slots,
+        features,
+        position,
+        slot_scale,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        row_slots,
+        row_count,
+        reference,
+    )
+    x, reference, gates, shift, scale, norm_weight, norm_bias = (
+        apart(t, slot) for t in (x, reference, gates, shift, scale, norm_weight, norm_bias)
+    )
     features, scales = [apart(feature, slot) for feature in features], apart(scales, slot_scale)
     store_rows_(slot, apart(fresh, slot), fresh_slots, slot_scale)
     position = len(features) if position < 0 else position
     terms = [decompressed(feature, scales, j + (j >= position), x) for j, feature in enumerate(features)]
     refreshed = widened(slot, x) if slot_scale is None else widened(slot, x) * slot_scale[..., None]
     terms.insert(position, refreshed)
-    return _outputs(x, terms, refreshed, gates, gate_index, weights, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
+    return _outputs(
+        x,
+        terms,
+        refreshed,
+        gates,
+        gate_index,
+        weights,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        eps,
+        row_slots,
+        row_count,
+        reference,
+        need_x,
+    )
 
 
-def _outputs(x, terms, newest, gates, gate_index, weights, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    x,
+    terms,
+    newest,
+    gates,
+    gate_index,
+    weights,
+    norm,
+    shift,
+    scale,
+    norm_weight,
+    norm_bias,
+    eps,
+    row_slots,
+    row_count,
+    reference,
+    need_x,
+) -> tuple[Tensor, Tensor, Tensor]:
     total = widened(x, x)
     for j, feature in enumerate(terms):
         coefficient = gate_of_term(gates, gate_index, j, x)
@@ -96,12 +199,22 @@ def _outputs(x, terms, newest, gates, gate_index, weights, norm, shift, scale, n
             coefficient = weights[j].to(total.dtype) if coefficient is None else weights[j] * coefficient
         total = total + (feature if coefficient is None else coefficient * feature)
     updated = fresh_contiguous(total, x.dtype, x)
-    h = modulated_rows(updated, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count) if norm else x.new_empty(0)
-    errors = x.new_empty(0, dtype=torch.float32) if reference is None else error_sums(newest, widened(reference, x))
+    h = (
+        modulated_rows(updated, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count)
+        if norm
+        else x.new_empty(0)
+    )
+    errors = (
+        x.new_empty(0, dtype=torch.float32)
+        if reference is None
+        else error_sums(newest, widened(reference, x))
+    )
     return updated if need_x else x.new_empty(0), h, errors
 
 
-def modulated_rows(x: Tensor, norm: int, shift, scale, norm_weight, norm_bias, eps: float, row_slots, row_count: int) -> Tensor:
+def modulated_rows(
+    x: Tensor, norm: int, shift, scale, norm_weight, norm_bias, eps: float, row_slots, row_count: int
+) -> Tensor:
     """h = norm(x) * (1 + scale) + shift for all rows, or for those with a slot, packed [B, K, D].
 
     Packed rows that no token maps to are zero. Norms: 1 LayerNorm, 2 RMSNorm, 3 identity.
@@ -167,7 +280,9 @@ def gate_of_term(gates: Tensor | None, gate_index: Tensor | None, j: int, x: Ten
         return tokenwise(gates, x)
     row = gate_index[j].long()
     picked = gates.index_select(0, row.clamp(min=0)[None])[0]
-    return torch.where(row < 0, torch.ones((), dtype=widened(gates, x).dtype, device=x.device), tokenwise(picked, x))
+    return torch.where(
+        row < 0, torch.ones((), dtype=widened(gates, x).dtype, device=x.device), tokenwise(picked, x)
+    )
 
 
 def tokenwise(vector: Tensor, x: Tensor) -> Tensor:
@@ -198,12 +313,18 @@ def fresh_contiguous(tensor: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
 
 def apart(tensor: Tensor | None, written: Tensor | None) -> Tensor | None:
     """A copy of an input that shares memory with what will be written, else the input itself."""
-    return tensor.clone() if tensor is not None and written is not None and share_memory(tensor, written) else tensor
+    return (
+        tensor.clone()
+        if tensor is not None and written is not None and share_memory(tensor, written)
+        else tensor
+    )
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """True if two tensors are views of one storage (while tracing: if they are one object)."""
-    return a is b or (not torch.compiler.is_compiling() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+    return a is b or (
+        not torch.compiler.is_compiling() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    )
 
 
 def packed_index(slots: Tensor, count: int) -> Tensor:

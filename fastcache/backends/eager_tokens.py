@@ -3,6 +3,7 @@
 As in eager.py: plain PyTorch, float64 inputs in float64, all others in float32, nothing is read
 back to the host. csrc/schema.def has every argument.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,17 @@ CHUNK_LOGITS = 1 << 22  # logits of one chunk of queries: 16 MB in float32
 SMALLEST_NORM, SMALLEST_COSINE_NORM = 1e-12, 1e-8
 
 
-def select_tokens_(score: Tensor, age: Tensor, counts: Tensor, capacity: int, age_weight: float = 0.0, normalize: bool = True, width: int = 0, cell: int = 0, bonus: float = 0.0) -> tuple[Tensor, Tensor]:
+def select_tokens_(
+    score: Tensor,
+    age: Tensor,
+    counts: Tensor,
+    capacity: int,
+    age_weight: float = 0.0,
+    normalize: bool = True,
+    width: int = 0,
+    cell: int = 0,
+    bonus: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """The counts[r] best tokens of every row by score, age and spatial bonus (spec section 2.3).
 
     Writes age [R, N]; returns (slots [R, N], index [R, capacity]), fresh int32 tensors. Only the set
@@ -24,7 +35,9 @@ def select_tokens_(score: Tensor, age: Tensor, counts: Tensor, capacity: int, ag
     R, N = score.shape
     total = score
     if normalize:
-        norm = torch.linalg.vector_norm(score, dim=1, keepdim=True, dtype=torch.float64).clamp(min=SMALLEST_NORM)
+        norm = torch.linalg.vector_norm(score, dim=1, keepdim=True, dtype=torch.float64).clamp(
+            min=SMALLEST_NORM
+        )
         total = total / norm.to(score.dtype)
     if age_weight:
         total = total + age_weight * age.to(score.dtype)
@@ -60,7 +73,9 @@ def row_score(x: Tensor, reference: Tensor | None = None) -> Tensor:
     if reference is None:
         return torch.linalg.vector_norm(x, dim=-1)
     reference = reference.to(x.dtype)
-    norms = [torch.linalg.vector_norm(rows, dim=-1).clamp(min=SMALLEST_COSINE_NORM) for rows in (x, reference)]
+    norms = [
+        torch.linalg.vector_norm(rows, dim=-1).clamp(min=SMALLEST_COSINE_NORM) for rows in (x, reference)
+    ]
     return 1 - (x * reference).sum(-1) / (norms[0] * norms[1])
 
 
@@ -83,11 +98,11 @@ def attention_received(q: Tensor, k: Tensor, lse: Tensor | None = None, scale: f
     received = q.new_zeros(B, k.shape[2])
     rows = max(1, CHUNK_LOGITS // max(1, B * H * k.shape[2]))
     for start in range(0, N, rows):
-        logits = torch.matmul(q[:, :, start:start + rows] * scale, k.transpose(-1, -2))
+        logits = torch.matmul(q[:, :, start : start + rows] * scale, k.transpose(-1, -2))
         if lse is None:
             weights = logits.softmax(-1)
         else:
-            weights = logits.sub_(lse[:, :, start:start + rows, None]).exp_()
+            weights = logits.sub_(lse[:, :, start : start + rows, None]).exp_()
         received += weights.sum((1, 2))
     return received / max(1, H)
 
@@ -100,7 +115,12 @@ def relative_error(newest: Sequence[Tensor], earlier: Sequence[Tensor]) -> Tenso
     sizes = torch.stack([feature.abs().sum(dtype=torch.float64) for feature in wide])
     if not earlier:
         return wide[0].new_zeros(0, L)
-    sums = torch.stack([(other.to(wide[j % L].dtype) - wide[j % L]).abs().sum(dtype=torch.float64) for j, other in enumerate(earlier)])
+    sums = torch.stack(
+        [
+            (other.to(wide[j % L].dtype) - wide[j % L]).abs().sum(dtype=torch.float64)
+            for j, other in enumerate(earlier)
+        ]
+    )
     return (sums.view(-1, L) / sizes).to(wide[0].dtype)
 
 

@@ -1,16 +1,91 @@
 """Shapes of every operator's outputs, for tracing: the argument checks of eager, and no values."""
+
 import torch
 
 from fastcache.backends import checks, token_checks
 
 
-def residual_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True):
-    checks.residual_update(x, features, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
+def residual_update(
+    x,
+    features,
+    gates=None,
+    gate_index=None,
+    weights=None,
+    scales=None,
+    norm=0,
+    shift=None,
+    scale=None,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-6,
+    row_slots=None,
+    row_count=0,
+    reference=None,
+    need_x=True,
+):
+    checks.residual_update(
+        x,
+        features,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        row_slots,
+        row_count,
+        reference,
+    )
     return _stream_outputs(x, norm, row_slots, row_count, reference, need_x)
 
 
-def residual_update_scatter_(x, slot, fresh, fresh_slots, features, position=-1, slot_scale=None, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True):
-    checks.residual_update_scatter(x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
+def residual_update_scatter_(
+    x,
+    slot,
+    fresh,
+    fresh_slots,
+    features,
+    position=-1,
+    slot_scale=None,
+    gates=None,
+    gate_index=None,
+    weights=None,
+    scales=None,
+    norm=0,
+    shift=None,
+    scale=None,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-6,
+    row_slots=None,
+    row_count=0,
+    reference=None,
+    need_x=True,
+):
+    checks.residual_update_scatter(
+        x,
+        slot,
+        fresh,
+        fresh_slots,
+        features,
+        position,
+        slot_scale,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        row_slots,
+        row_count,
+        reference,
+    )
     return _stream_outputs(x, norm, row_slots, row_count, reference, need_x)
 
 

@@ -5,6 +5,7 @@ an index out of range writes nothing outside of its tensors, makes the result vi
 does not exist is NaN; a row or token that does not exist is left out; a count is clamped) and sets a bit. A
 Session reads the bits when it closes; whoever calls the operators directly asks `take_index_errors`.
 """
+
 import ctypes
 import os
 
@@ -35,7 +36,12 @@ def take_index_errors(device: torch.device) -> str:
 
 def explained(names: str, device: torch.device) -> str:
     """What to tell the user about `take_index_errors`."""
-    return f"{names}: a kernel on {device} met an index out of range. Nothing outside of the tensors was read or written, but results since are wrong: a gate that does not exist counts as NaN, a row or token that does not exist is left out, a count is clamped. On a CPU the call that does this raises IndexError"
+    return (
+        f"{names}: a kernel on {device} met an index out of range. Nothing outside of the tensors was read or"
+        " written, but results since are wrong: a gate that does not exist counts as NaN, a row or token"
+        " that does not exist is left out, a count is clamped. On a CPU the call that does this raises"
+        " IndexError"
+    )
 
 
 def _taken_from_cuda(device: torch.device) -> int:
@@ -44,7 +50,10 @@ def _taken_from_cuda(device: torch.device) -> int:
         return 0
     bits = library.fastcache_cuda_error_flag(device.index)
     if bits < 0:
-        raise RuntimeError(f"device: the index-error flag of {device} cannot be read; an earlier CUDA error has probably made the device unusable in this process")
+        raise RuntimeError(
+            f"device: the index-error flag of {device} cannot be read; an earlier CUDA error has probably"
+            " made the device unusable in this process"
+        )
     return bits
 
 

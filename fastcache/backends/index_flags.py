@@ -1,8 +1,11 @@
 """The sticky flags of bad indices that Triton kernels and device-side checks in PyTorch set."""
+
 import torch
 from torch import Tensor
 
-FLAGS: dict[torch.device, Tensor] = {}  # by device, from its first use; fastcache/backends/index_errors.py reads them
+FLAGS: dict[
+    torch.device, Tensor
+] = {}  # by device, from its first use; fastcache/backends/index_errors.py reads them
 
 
 def error_flag(device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 Schemas come from csrc/schema.def: through the compiled CPU library where it was built, by reading
 the file otherwise. Every device without a kernel of its own runs the eager definition.
 """
+
 import ctypes
 import hashlib
 import importlib
@@ -21,8 +22,20 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = Path(__file__).with_name("schema.def")
-OPERATORS = ("residual_update", "residual_update_scatter_", "select_tokens_", "row_score", "value_norm", "attention_received", "relative_error")
-TRITON_OPERATORS = ("residual_update", "residual_update_scatter_", "attention_received")  # those with a kernel in kernels/
+OPERATORS = (
+    "residual_update",
+    "residual_update_scatter_",
+    "select_tokens_",
+    "row_score",
+    "value_norm",
+    "attention_received",
+    "relative_error",
+)
+TRITON_OPERATORS = (
+    "residual_update",
+    "residual_update_scatter_",
+    "attention_received",
+)  # those with a kernel in kernels/
 
 
 @dataclass(frozen=True)
@@ -54,12 +67,21 @@ def load(name: str) -> CompiledLibrary:
     """Load lib/libfastcache_<name>.so. Absent is a state; present and broken raises ImportError."""
     path = PACKAGE / "lib" / f"libfastcache_{name}.so"
     if not path.exists():
-        return CompiledLibrary(name, path, False, f"not built: {path.name} is absent; build it with `pip install --no-build-isolation .` or `make env`")
+        return CompiledLibrary(
+            name,
+            path,
+            False,
+            f"not built: {path.name} is absent; build it with `pip install --no-build-isolation .` or `make"
+            " env`",
+        )
     try:
         torch.ops.load_library(str(path))
         _refuse_stale(path)
     except (OSError, AttributeError, RuntimeError) as error:
-        message = f"fastcache: {path.name} is there but cannot be loaded: {error.__cause__ or error}. Rebuild it with `pip install --no-build-isolation .` (or delete it to run on eager PyTorch)"
+        message = (
+            f"fastcache: {path.name} is there but cannot be loaded: {error.__cause__ or error}. Rebuild it"
+            " with `pip install --no-build-isolation .` (or delete it to run on eager PyTorch)"
+        )
         raise ImportError(message) from error
     return CompiledLibrary(name, path, True, "loaded")
 
@@ -70,7 +92,10 @@ def _refuse_stale(path: Path) -> None:
     digest.restype = ctypes.c_char_p
     built = digest().decode()
     if built != schema_digest():
-        message = f"fastcache: {path.name} was built from another operator schema ({built}, the sources have {schema_digest()}). Rebuild it with `pip install --no-build-isolation .` or `make env`"
+        message = (
+            f"fastcache: {path.name} was built from another operator schema ({built}, the sources have"
+            f" {schema_digest()}). Rebuild it with `pip install --no-build-isolation .` or `make env`"
+        )
         raise ImportError(message)
 
 
@@ -83,7 +108,10 @@ def _refuse_other_registration() -> None:
         pass  # not loaded from here: a second copy of the package registered them
     found = {str(getattr(torch.ops.fastcache, name).default._schema) for name in OPERATORS}
     if found != {f"fastcache::{torch._C.parse_schema(schema)}" for schema in schemas()}:
-        message = "fastcache: another version of the package has registered its operators in this process; start a new process, with one version on the path"
+        message = (
+            "fastcache: another version of the package has registered its operators in this process; start a"
+            " new process, with one version on the path"
+        )
         raise ImportError(message)
 
 
@@ -113,12 +141,20 @@ def register() -> dict[str, CompiledLibrary]:
     """Define the operators, load what was compiled, add fake, autograd and fallback kernels."""
     if registered():
         _refuse_other_registration()
-        logger.warning("the fastcache operators are already registered in this process; the first registration stays")
+        logger.warning(
+            "the fastcache operators are already registered in this process; the first registration stays"
+        )
         reason = "registered by an earlier import of fastcache in this process"
-        return {name: CompiledLibrary(name, PACKAGE / "lib" / f"libfastcache_{name}.so", _has_kernel(key), reason) for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))}
+        return {
+            name: CompiledLibrary(name, PACKAGE / "lib" / f"libfastcache_{name}.so", _has_kernel(key), reason)
+            for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+        }
     if os.environ.get("FASTCACHE_NO_COMPILED") == "1":
         absent = "switched off by FASTCACHE_NO_COMPILED=1"
-        libraries = {name: CompiledLibrary(name, PACKAGE / "lib" / f"libfastcache_{name}.so", False, absent) for name in ("cpu", "cuda")}
+        libraries = {
+            name: CompiledLibrary(name, PACKAGE / "lib" / f"libfastcache_{name}.so", False, absent)
+            for name in ("cpu", "cuda")
+        }
     else:
         libraries = {"cpu": load("cpu")}
         libraries["cuda"] = _load_cuda(libraries["cpu"])
@@ -142,11 +178,18 @@ def register() -> dict[str, CompiledLibrary]:
 def _load_cuda(cpu: CompiledLibrary) -> CompiledLibrary:
     path = PACKAGE / "lib" / "libfastcache_cuda.so"
     if not path.exists():
-        return CompiledLibrary("cuda", path, False, "not built: needs FASTCACHE_CUDA=1, or a CUDA build of torch and a CUDA compiler")
+        return CompiledLibrary(
+            "cuda",
+            path,
+            False,
+            "not built: needs FASTCACHE_CUDA=1, or a CUDA build of torch and a CUDA compiler",
+        )
     if torch.version.cuda is None:
         return CompiledLibrary("cuda", path, False, f"built, but torch {torch.__version__} is a CPU build")
     if not cpu.loaded:
-        return CompiledLibrary("cuda", path, False, "the CPU library, which defines the operators, is not loaded")
+        return CompiledLibrary(
+            "cuda", path, False, "the CPU library, which defines the operators, is not loaded"
+        )
     return load("cuda")
 
 
@@ -160,13 +203,20 @@ def _has_kernel(key: str, operator: str = OPERATORS[0]) -> bool:
 def refuse_grad(tensors) -> None:
     """Raise if any of `tensors` would need a gradient now: the operators are forward-only."""
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
-        raise RuntimeError("fastcache operators are forward-only: an input requires grad in grad mode. Sample under torch.no_grad() or torch.inference_mode(), or detach the input")
+        raise RuntimeError(
+            "fastcache operators are forward-only: an input requires grad in grad mode. Sample under"
+            " torch.no_grad() or torch.inference_mode(), or detach the input"
+        )
 
 
 def _forward_only(name: str):
     op = getattr(torch.ops.fastcache, name).default
 
-    written = [(position, argument.name) for position, argument in enumerate(op._schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
+    written = [
+        (position, argument.name)
+        for position, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
     def forward_only(keyset, *args, **kwargs):
         if torch.is_grad_enabled():

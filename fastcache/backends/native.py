@@ -3,6 +3,7 @@
 The autograd key is skipped here because `fastcache.ops` has already refused inputs that need a
 gradient; fake tensors, functionalisation and profilers still see the call.
 """
+
 import torch
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -4,6 +4,7 @@ The check launches kernels, waits for them and compares values, so it must not b
 caller is doing: never inside a graph capture or a trace (`possible`), and not by modes that count,
 record or fake the caller's operators (`_undisturbed`).
 """
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -14,7 +15,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastcache.backends import eager
 
 Case = Callable[[ModuleType], tuple[torch.Tensor, ...]]
-TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+TRACERS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def possible() -> bool:
@@ -30,7 +35,10 @@ def disagreement(backend: ModuleType, device: torch.device, operator: str) -> st
     Raises RuntimeError where the check is not possible.
     """
     if not possible():
-        raise RuntimeError("selfcheck: a backend cannot be checked inside a CUDA graph capture or a trace; call an operator once before it")
+        raise RuntimeError(
+            "selfcheck: a backend cannot be checked inside a CUDA graph capture or a trace; call an operator"
+            " once before it"
+        )
     with _undisturbed(device):
         return _disagreement(backend, device, operator)
 
@@ -42,7 +50,12 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     try:
         if strict:
             torch.cuda.set_sync_debug_mode(0)
-        with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False), torch.device("cpu"):
+        with (
+            _disable_current_modes(),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.device("cpu"),
+        ):
             yield
     finally:
         if strict:
@@ -73,7 +86,9 @@ def _stream_cases(device: torch.device) -> list[tuple[str, str, Case]]:
     index = torch.tensor([2, -1, 0, 3], dtype=torch.int32, device=device)
     slots = torch.full((B, N), -1, dtype=torch.int32)
     for b in range(B):
-        slots[b, torch.randperm(N, generator=torch.Generator().manual_seed(b))[:K]] = torch.arange(K, dtype=torch.int32)
+        slots[b, torch.randperm(N, generator=torch.Generator().manual_seed(b))[:K]] = torch.arange(
+            K, dtype=torch.int32
+        )
     slots, fresh, slot = slots.to(device), make(B, K, D), make(B, N, D)
     modulate = dict(norm=1, shift=gates[0], scale=gates[1])
 
@@ -85,7 +100,13 @@ def _stream_cases(device: torch.device) -> list[tuple[str, str, Case]]:
     return [
         (update, "sum", lambda run: run.residual_update(x, features, gates, index[:3])),
         (update, "modulate", lambda run: run.residual_update(x, features[:1], gates[2], **modulate)),
-        (update, "selected rows", lambda run: run.residual_update(x, features, gates, index[:3], row_slots=slots, row_count=K, **modulate)),
+        (
+            update,
+            "selected rows",
+            lambda run: run.residual_update(
+                x, features, gates, index[:3], row_slots=slots, row_count=K, **modulate
+            ),
+        ),
         ("residual_update_scatter_", "refresh", refresh),
     ]
 

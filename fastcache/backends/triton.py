@@ -3,6 +3,7 @@
 On a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), for tests. The features' addresses
 travel in a small device table that is kept, so that a repeated step copies nothing.
 """
+
 import functools
 import os
 from collections.abc import Sequence
@@ -22,24 +23,150 @@ from fastcache.backends.tuning import row_bucket, term_bucket, tuned
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.uint8}
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.uint8,
+}
 
-def residual_update(x, features, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True) -> tuple[Tensor, Tensor, Tensor]:
+
+def residual_update(
+    x,
+    features,
+    gates=None,
+    gate_index=None,
+    weights=None,
+    scales=None,
+    norm=0,
+    shift=None,
+    scale=None,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-6,
+    row_slots=None,
+    row_count=0,
+    reference=None,
+    need_x=True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`fastcache.backends.eager.residual_update`, one launch."""
-    checks.residual_update(x, features, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
-    return _launch(x, features, len(features), None, None, None, None, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
+    checks.residual_update(
+        x,
+        features,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        row_slots,
+        row_count,
+        reference,
+    )
+    return _launch(
+        x,
+        features,
+        len(features),
+        None,
+        None,
+        None,
+        None,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        eps,
+        row_slots,
+        row_count,
+        reference,
+        need_x,
+    )
 
 
-def residual_update_scatter_(x, slot, fresh, fresh_slots, features, position=-1, slot_scale=None, gates=None, gate_index=None, weights=None, scales=None, norm=0, shift=None, scale=None, norm_weight=None, norm_bias=None, eps=1e-6, row_slots=None, row_count=0, reference=None, need_x=True) -> tuple[Tensor, Tensor, Tensor]:
+def residual_update_scatter_(
+    x,
+    slot,
+    fresh,
+    fresh_slots,
+    features,
+    position=-1,
+    slot_scale=None,
+    gates=None,
+    gate_index=None,
+    weights=None,
+    scales=None,
+    norm=0,
+    shift=None,
+    scale=None,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-6,
+    row_slots=None,
+    row_count=0,
+    reference=None,
+    need_x=True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`fastcache.backends.eager.residual_update_scatter_`, one launch."""
-    checks.residual_update_scatter(x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference)
+    checks.residual_update_scatter(
+        x,
+        slot,
+        fresh,
+        fresh_slots,
+        features,
+        position,
+        slot_scale,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        row_slots,
+        row_count,
+        reference,
+    )
     position = len(features) if position < 0 else position
-    return _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
+    return _launch(
+        x,
+        features,
+        position,
+        slot,
+        fresh,
+        fresh_slots,
+        slot_scale,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        norm,
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        eps,
+        row_slots,
+        row_count,
+        reference,
+        need_x,
+    )
 
 
 @dataclass(frozen=True)
 class VectorView:
-    """A vector for a kernel: mode 0 absent, 1 per sample, 2 per frame of `tokens` tokens; strides in elements."""
+    """A vector for a kernel: mode 0 absent, 1 per sample, 2 per frame of `tokens` tokens; strides in
+    elements.
+    """
 
     mode: int = 0
     batch: int = 0
@@ -60,53 +187,180 @@ def vector_view(vector: Tensor | None, x: Tensor, packed: bool = False) -> Vecto
     return VectorView(2, batch, strides[1], max(1, x.shape[1] // shape[1]))
 
 
-def _launch(x, features, position, slot, fresh, fresh_slots, slot_scale, gates, gate_index, weights, scales, norm, shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x):
+def _launch(
+    x,
+    features,
+    position,
+    slot,
+    fresh,
+    fresh_slots,
+    slot_scale,
+    gates,
+    gate_index,
+    weights,
+    scales,
+    norm,
+    shift,
+    scale,
+    norm_weight,
+    norm_bias,
+    eps,
+    row_slots,
+    row_count,
+    reference,
+    need_x,
+):
     B, N, D = x.shape
     # small index and factor tensors are read densely; features, gates and vectors as they are
-    gate_index, weights, scales, fresh_slots, row_slots = (None if t is None else t.contiguous() for t in (gate_index, weights, scales, fresh_slots, row_slots))
+    gate_index, weights, scales, fresh_slots, row_slots = (
+        None if t is None else t.contiguous() for t in (gate_index, weights, scales, fresh_slots, row_slots)
+    )
     out = torch.empty((B, N, D), dtype=x.dtype, device=x.device) if need_x else x.new_empty(0)
     packed_rows = row_slots is not None
     h = (x.new_zeros if packed_rows else x.new_empty)((B, row_count if packed_rows else N, D) if norm else 0)
     partial = torch.empty(0 if reference is None else (B, N, 3), dtype=torch.float32, device=x.device)
     if x.numel():
-        operands = [t for t in (x, *features, gates, slot, fresh, shift, scale, norm_weight, norm_bias, reference) if t is not None]
+        operands = [
+            t
+            for t in (x, *features, gates, slot, fresh, shift, scale, norm_weight, norm_bias, reference)
+            if t is not None
+        ]
         pointer_align, unit = (16, 8) if all(aligned(t) for t in operands) and D % 8 == 0 else (1, 1)
         gate = vector_view(gates, x, packed=gate_index is not None)
         slot_float8 = slot_scale is not None
         stored = slot.view(torch.uint8) if slot_float8 else slot
-        table = address_table(tuple(value for f in features for value in (f.data_ptr(), f.stride(0) // unit, f.stride(1) // unit)), x.device)
-        shared = dict(
-            D=D, F=TYPES[features[0].dtype] if features else tl.float32, FLOAT8=bool(features) and features[0].dtype == torch.float8_e4m3fn,
-            GATE=gate.mode, PACKED=gate_index is not None, WEIGHTED=weights is not None, SCALED=scales is not None, SLOT=slot is not None, MAPPED=fresh_slots is not None,
-            WRITE=need_x, ALIGN=pointer_align, UNIT=unit,
+        table = address_table(
+            tuple(
+                value for f in features for value in (f.data_ptr(), f.stride(0) // unit, f.stride(1) // unit)
+            ),
+            x.device,
         )
-        or_x = lambda tensor: x if tensor is None else tensor  # noqa: E731  (unused pointers are never followed)
-        strides = lambda tensor: (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])  # noqa: E731
+        shared = dict(
+            D=D,
+            F=TYPES[features[0].dtype] if features else tl.float32,
+            FLOAT8=bool(features) and features[0].dtype == torch.float8_e4m3fn,
+            GATE=gate.mode,
+            PACKED=gate_index is not None,
+            WEIGHTED=weights is not None,
+            SCALED=scales is not None,
+            SLOT=slot is not None,
+            MAPPED=fresh_slots is not None,
+            WRITE=need_x,
+            ALIGN=pointer_align,
+            UNIT=unit,
+        )
+        # unused pointers are never followed
+        or_x = lambda tensor: x if tensor is None else tensor  # noqa: E731
+        strides = lambda tensor: (
+            (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])
+        )  # noqa: E731
         gate_row = gates.stride(0) if gate_index is not None else 0
         gate_count = gates.shape[0] if gate_index is not None else 0
         buckets = term_bucket(len(features)), row_bucket(B * N)
         with on(x.device):
             if norm == 0 and reference is None and not slot_float8:
-                config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(B, N, D, len(features), shared["FLOAT8"])
+                config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(
+                    B, N, D, len(features), shared["FLOAT8"]
+                )
                 grid = (triton.cdiv(D, config.columns), triton.cdiv(N, config.rows), B)
                 sum_kernel[grid](
-                    x, out, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(fresh), or_x(fresh_slots), error_flag(x.device),
-                    N, len(features), position, gate.tokens, gate_count, 0 if fresh is None else fresh.shape[1],
-                    *strides(x), gate_row // unit, gate.batch // unit, gate.frame // unit, *strides(slot), *strides(fresh),
-                    **shared, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages, num_warps=config.warps,
+                    x,
+                    out,
+                    table,
+                    or_x(gates),
+                    or_x(gate_index),
+                    or_x(weights),
+                    or_x(scales),
+                    or_x(stored),
+                    or_x(fresh),
+                    or_x(fresh_slots),
+                    error_flag(x.device),
+                    N,
+                    len(features),
+                    position,
+                    gate.tokens,
+                    gate_count,
+                    0 if fresh is None else fresh.shape[1],
+                    *strides(x),
+                    gate_row // unit,
+                    gate.batch // unit,
+                    gate.frame // unit,
+                    *strides(slot),
+                    *strides(fresh),
+                    **shared,
+                    ROWS=config.rows,
+                    COLUMNS=config.columns,
+                    STAGES=config.stages,
+                    num_warps=config.warps,
                 )
             else:
                 config = tuned("triton.row", x.device, D, x.dtype, buckets[0], buckets[1]) or row_config(D)
                 shifted, scaled = vector_view(shift, x), vector_view(scale, x)
                 row_kernel[(N, B)](
-                    x, out if need_x else x, h, partial, table, or_x(gates), or_x(gate_index), or_x(weights), or_x(scales), or_x(stored), or_x(slot_scale), or_x(fresh), or_x(fresh_slots), or_x(shift), or_x(scale), or_x(norm_weight), or_x(norm_bias), or_x(row_slots), or_x(reference), error_flag(x.device),
-                    N, len(features), position, gate.tokens, gate_count, 0 if fresh is None else fresh.shape[1], row_count if packed_rows else N, eps,
-                    *strides(x), gate_row // unit, gate.batch // unit, gate.frame // unit, *strides(slot), *strides(fresh),
-                    *((0, 0) if slot_scale is None else slot_scale.stride()), shifted.batch // unit, shifted.frame // unit, shifted.tokens, scaled.batch // unit, scaled.frame // unit, scaled.tokens, *strides(reference),
-                    **shared, SLOT_FLOAT8=slot_float8, NORM=int(norm), SHIFT=shifted.mode, SCALE=scaled.mode, NORM_WEIGHT=norm_weight is not None, NORM_BIAS=norm_bias is not None, ROW_SLOTS=packed_rows, REFERENCE=reference is not None,
-                    COLUMNS=config.columns, STAGES=config.stages, num_warps=config.warps,
+                    x,
+                    out if need_x else x,
+                    h,
+                    partial,
+                    table,
+                    or_x(gates),
+                    or_x(gate_index),
+                    or_x(weights),
+                    or_x(scales),
+                    or_x(stored),
+                    or_x(slot_scale),
+                    or_x(fresh),
+                    or_x(fresh_slots),
+                    or_x(shift),
+                    or_x(scale),
+                    or_x(norm_weight),
+                    or_x(norm_bias),
+                    or_x(row_slots),
+                    or_x(reference),
+                    error_flag(x.device),
+                    N,
+                    len(features),
+                    position,
+                    gate.tokens,
+                    gate_count,
+                    0 if fresh is None else fresh.shape[1],
+                    row_count if packed_rows else N,
+                    eps,
+                    *strides(x),
+                    gate_row // unit,
+                    gate.batch // unit,
+                    gate.frame // unit,
+                    *strides(slot),
+                    *strides(fresh),
+                    *((0, 0) if slot_scale is None else slot_scale.stride()),
+                    shifted.batch // unit,
+                    shifted.frame // unit,
+                    shifted.tokens,
+                    scaled.batch // unit,
+                    scaled.frame // unit,
+                    scaled.tokens,
+                    *strides(reference),
+                    **shared,
+                    SLOT_FLOAT8=slot_float8,
+                    NORM=int(norm),
+                    SHIFT=shifted.mode,
+                    SCALE=scaled.mode,
+                    NORM_WEIGHT=norm_weight is not None,
+                    NORM_BIAS=norm_bias is not None,
+                    ROW_SLOTS=packed_rows,
+                    REFERENCE=reference is not None,
+                    COLUMNS=config.columns,
+                    STAGES=config.stages,
+                    num_warps=config.warps,
                 )
-    errors = partial if reference is None else (partial.sum(1, dtype=torch.float64).float() if x.numel() else x.new_zeros(B, 3, dtype=torch.float32))
+    errors = (
+        partial
+        if reference is None
+        else (
+            partial.sum(1, dtype=torch.float64).float()
+            if x.numel()
+            else x.new_zeros(B, 3, dtype=torch.float32)
+        )
+    )
     return out, h, errors
 
 
@@ -126,4 +380,3 @@ def _kept_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         table = torch.tensor(values, dtype=torch.int64)
         return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
-

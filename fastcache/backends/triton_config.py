@@ -3,6 +3,7 @@
 `tuning.py` looks for a measured configuration first. Both kernels compile once per configuration, so
 the heuristics choose among few.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,10 @@ class SumConfig:
 
     def __post_init__(self) -> None:
         if self.rows * self.columns < 8 * 32 * self.warps:
-            raise ValueError(f"rows, columns, warps: expected 8 elements a thread or more, got {self.rows} x {self.columns} over {self.warps} warps")
+            raise ValueError(
+                f"rows, columns, warps: expected 8 elements a thread or more, got {self.rows} x"
+                f" {self.columns} over {self.warps} warps"
+            )
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,13 @@ class RowConfig:
 # unpipelined tiles of 4 and 8 rows put 8 bytes on the stack on sm_80, so they are left out
 SUM_CONFIGS = tuple(
     SumConfig(rows, SUM_COLUMNS, warps, stages)
-    for rows, warps, depths in ((2, 1, (1, 3, 4)), (4, 2, (3, 4)), (8, 4, (3, 4)), (16, 4, (1, 3, 4)), (16, 8, (1, 3, 4)))
+    for rows, warps, depths in (
+        (2, 1, (1, 3, 4)),
+        (4, 2, (3, 4)),
+        (8, 4, (3, 4)),
+        (16, 4, (1, 3, 4)),
+        (16, 8, (1, 3, 4)),
+    )
     for stages in depths
 )
 
@@ -50,7 +60,11 @@ def legal_sum_configs() -> tuple[SumConfig, ...]:
 def legal_row_configs(D: int) -> tuple[RowConfig, ...]:
     """The power of two that covers D, over warps that give a thread 4 to 64 elements."""
     columns = row_config(D).columns
-    return tuple(RowConfig(columns, warps, 1) for warps in (1, 2, 4, 8, 16) if 4 <= columns // (32 * warps) <= 64 or warps == row_config(D).warps)
+    return tuple(
+        RowConfig(columns, warps, 1)
+        for warps in (1, 2, 4, 8, 16)
+        if 4 <= columns // (32 * warps) <= 64 or warps == row_config(D).warps
+    )
 
 
 def sum_config(B: int, N: int, D: int, terms: int, float8: bool = False) -> SumConfig:
@@ -70,13 +84,25 @@ def sum_config(B: int, N: int, D: int, terms: int, float8: bool = False) -> SumC
 def row_config(D: int) -> RowConfig:
     """A power of two that covers D; about 16 elements a thread, as few registers as that allows."""
     columns = max(16, 1 << (D - 1).bit_length())
-    warps = 1 if columns <= 512 else 2 if columns <= 1024 else 4 if columns <= 2048 else 8 if columns <= 4096 else 16
+    warps = (
+        1
+        if columns <= 512
+        else 2
+        if columns <= 1024
+        else 4
+        if columns <= 2048
+        else 8
+        if columns <= 4096
+        else 16
+    )
     return RowConfig(columns, warps, 1)
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Tile of `received_kernel`: keys are the rows of the product, 16 or more a warp; queries are looped over."""
+    """Tile of `received_kernel`: keys are the rows of the product, 16 or more a warp; queries are looped
+    over.
+    """
 
     keys: int
     queries: int
@@ -85,18 +111,25 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         if self.keys < 16 * self.warps or self.queries < 16:
-            raise ValueError(f"keys, queries, warps: expected 16 keys a warp and 16 queries or more, got {self.keys} x {self.queries} over {self.warps} warps")
+            raise ValueError(
+                f"keys, queries, warps: expected 16 keys a warp and 16 queries or more, got {self.keys} x"
+                f" {self.queries} over {self.warps} warps"
+            )
 
 
 NARROW_ATTENTION = AttentionConfig(64, 64, 4, 3)  # few keys: more programs
 WIDE_ATTENTION = AttentionConfig(128, 64, 8, 3)  # many keys: q is read half as often
-EXACT_ATTENTION = AttentionConfig(64, 16, 4, 2)  # float32 without tensor cores: the product is held in registers
+EXACT_ATTENTION = AttentionConfig(
+    64, 16, 4, 2
+)  # float32 without tensor cores: the product is held in registers
 ATTENTION_CONFIGS = (NARROW_ATTENTION, WIDE_ATTENTION, EXACT_ATTENTION)
 MANY_KEYS = 1024
 
 
 def attention_config(dtype: torch.dtype, d: int, M: int) -> AttentionConfig:
-    """float32 is computed exactly; 16-bit types on tensor cores, in wide tiles where there are enough of them."""
+    """float32 is computed exactly; 16-bit types on tensor cores, in wide tiles where there are enough of
+    them.
+    """
     if dtype is torch.float32:
         return EXACT_ATTENTION
     return WIDE_ATTENTION if M >= MANY_KEYS else NARROW_ATTENTION

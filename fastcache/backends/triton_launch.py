@@ -1,4 +1,5 @@
 """What every launch of a Triton kernel asks of its tensors and their device."""
+
 from contextlib import AbstractContextManager
 
 import torch
@@ -7,7 +8,11 @@ from torch import Tensor
 
 def aligned(tensor: Tensor) -> bool:
     """True if every row starts at 16 bytes and strides keep it so."""
-    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1)
+    return tensor.data_ptr() % 16 == 0 and all(
+        stride % 8 == 0
+        for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+        if size > 1
+    )
 
 
 def on(device: torch.device) -> AbstractContextManager:

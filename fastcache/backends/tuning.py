@@ -8,6 +8,7 @@ that is not legal, or that was measured with other kernels, is left out with a w
 Calls share an entry if they have the same kernel, device name, D, dtype of x, term bucket (up to 2,
 16, 64 or 1,024 features) and row bucket (B * N up to the next power of four).
 """
+
 import functools
 import hashlib
 import json
@@ -23,7 +24,12 @@ import torch
 from fastcache.backends.cuda_config import CudaKernels, RowConfig as CudaRow, SumConfig as CudaSum
 from fastcache.backends.index_errors import loaded_cuda
 from fastcache.backends.library import PACKAGE
-from fastcache.backends.triton_config import RowConfig as TritonRow, SumConfig as TritonSum, legal_row_configs, legal_sum_configs
+from fastcache.backends.triton_config import (
+    RowConfig as TritonRow,
+    SumConfig as TritonSum,
+    legal_row_configs,
+    legal_sum_configs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,29 +109,63 @@ class Entry:
 
 def encoded(entries: list[Entry], versions: Mapping[str, str]) -> dict:
     """A table as JSON has it."""
-    rows = [asdict(entry.key) | {"config": asdict(entry.config), "median_us": entry.median_us, "heuristic_us": entry.heuristic_us} for entry in entries]
+    rows = [
+        asdict(entry.key)
+        | {
+            "config": asdict(entry.config),
+            "median_us": entry.median_us,
+            "heuristic_us": entry.heuristic_us,
+        }
+        for entry in entries
+    ]
     return {"format": FORMAT, "kernels": dict(versions), "entries": rows}
 
 
 def decoded(table: object, source: str, cuda: CudaKernels | None) -> dict[Key, Config]:
-    """The usable entries of a table; every other one is named in a warning. Raises TuningError if it is no table."""
-    if not isinstance(table, dict) or table.get("format") != FORMAT or not isinstance(table.get("entries"), list) or not isinstance(table.get("kernels"), dict):
-        raise TuningError(f"{source}: expected a tuning table of format {FORMAT} with kernels and entries; make one with `python -m benchmarks.tune`")
+    """The usable entries of a table; every other one is named in a warning. Raises TuningError if it is no
+    table.
+    """
+    if (
+        not isinstance(table, dict)
+        or table.get("format") != FORMAT
+        or not isinstance(table.get("entries"), list)
+        or not isinstance(table.get("kernels"), dict)
+    ):
+        raise TuningError(
+            f"{source}: expected a tuning table of format {FORMAT} with kernels and entries; make one with"
+            " `python -m benchmarks.tune`"
+        )
     versions, usable, refused = kernel_versions(cuda), {}, {}
     for number, row in enumerate(table["entries"]):
         try:
             key = Key(*(row[name] for name in Key.__dataclass_fields__))
             backend = key.kernel.partition(".")[0]
             if backend in versions and table["kernels"].get(backend) != versions[backend]:
-                raise ValueError(f"measured with other {backend} kernels ({table['kernels'].get(backend)}, these are {versions[backend]})")
+                raise ValueError(
+                    f"measured with other {backend} kernels ({table['kernels'].get(backend)}, these are"
+                    f" {versions[backend]})"
+                )
             config = CONFIGS[key.kernel](**row["config"])
             if backend in versions and config not in legal_configs(key, cuda):
                 raise ValueError(f"{config} is not legal for {key}")
             usable[key] = config
         except (KeyError, TypeError, ValueError) as reason:
-            refused.setdefault(f"{type(reason).__name__}: {reason}" if isinstance(reason, (KeyError, TypeError)) else str(reason), []).append(number)
+            refused.setdefault(
+                (
+                    f"{type(reason).__name__}: {reason}"
+                    if isinstance(reason, (KeyError, TypeError))
+                    else str(reason)
+                ),
+                [],
+            ).append(number)
     for reason, numbers in refused.items():
-        logger.warning("%s: entries %s are not used, the heuristic decides there: %s. Measure again with `python -m benchmarks.tune`", source, ", ".join(map(str, numbers)), reason)
+        logger.warning(
+            "%s: entries %s are not used, the heuristic decides there: %s. Measure again with `python -m"
+            " benchmarks.tune`",
+            source,
+            ", ".join(map(str, numbers)),
+            reason,
+        )
     return usable
 
 
@@ -141,7 +181,10 @@ def read_table(cuda: CudaKernels | None) -> dict[Key, Config]:
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as reason:
-        raise TuningError(f"{source}: cannot be read as a tuning table ({reason}); make one with `python -m benchmarks.tune`, or set FASTCACHE_TUNING=0") from reason
+        raise TuningError(
+            f"{source}: cannot be read as a tuning table ({reason}); make one with `python -m"
+            " benchmarks.tune`, or set FASTCACHE_TUNING=0"
+        ) from reason
     return decoded(table, source, cuda)
 
 
@@ -158,7 +201,8 @@ def _own_table() -> Mapping[Key, Config]:
 
 @contextmanager
 def only(entries: Mapping[Key, Config], device: torch.device) -> Iterator[None]:
-    """Use these entries and no others on `device` while this lasts; for the tuner, which measures one after the other.
+    """Use these entries and no others on `device` while this lasts; for the tuner, which measures one after
+    the other.
 
     It acts on the whole process. Raises ValueError if a CUDA entry is not legal.
     """
@@ -184,11 +228,15 @@ def _hand_over(device: torch.device) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def tuned(kernel: str, device: torch.device, channels: int, dtype: torch.dtype, terms: int, rows: int) -> Config | None:
+def tuned(
+    kernel: str, device: torch.device, channels: int, dtype: torch.dtype, terms: int, rows: int
+) -> Config | None:
     """The entry for calls of these buckets, None if the heuristic decides."""
     if not table():
         return None
-    return table().get(Key(kernel, device_name(device), channels, str(dtype).removeprefix("torch."), terms, rows))
+    return table().get(
+        Key(kernel, device_name(device), channels, str(dtype).removeprefix("torch."), terms, rows)
+    )
 
 
 def device_name(device: torch.device) -> str:

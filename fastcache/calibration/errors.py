@@ -1,4 +1,5 @@
 """Calibration on a model: error curves from uncached runs, all branches in one launch a step."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -32,7 +33,8 @@ def calibrate(
 ) -> Calibration:
     """Find a SmoothCache schedule for a sampler that calls `model`.
 
-        found = fastcache.calibrate(model, lambda sample: pipeline(seed=sample), target_speedup=2.0, num_steps=50, samples=10)
+        run = lambda sample: pipeline(seed=sample)
+        found = fastcache.calibrate(model, run, target_speedup=2.0, num_steps=50, samples=10)
         found.save("schedule.json")                 # SmoothCache.load, or SmoothCache itself, reads it
         with fastcache.accelerate(model, found.policy(), num_steps=50): ...
 
@@ -53,7 +55,9 @@ def calibrate(
     SessionError if a run does not have `num_steps` evaluations.
     """
     if (threshold is None) == (target_speedup is None):
-        raise ValueError(f"threshold, target_speedup: expected exactly one of them, got {threshold} and {target_speedup}")
+        raise ValueError(
+            f"threshold, target_speedup: expected exactly one of them, got {threshold} and {target_speedup}"
+        )
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold: expected a number >= 0, got {threshold!r}")
     if positive_steps(num_steps) < 2:
@@ -65,7 +69,16 @@ def calibrate(
     layout = found.layout()
     observer = ErrorObserver(layout, num_steps, min(lookahead, num_steps - 1))
     uncached = Schedule(layout, (full_step(layout),) * num_steps, "calibration")
-    with Session(model, uncached, num_steps, calls_per_step=calls_per_step, count_ops=False, host=host, observer=observer, history=observer.history):
+    with Session(
+        model,
+        uncached,
+        num_steps,
+        calls_per_step=calls_per_step,
+        count_ops=False,
+        host=host,
+        observer=observer,
+        history=observer.history,
+    ):
         for sample in range(samples):
             run(sample)
             observer.end_run()
@@ -82,7 +95,13 @@ class ErrorObserver:
     relative_error(newest [L], earlier [K * L], k-major) -> [K, L], as fastcache.ops.relative_error.
     """
 
-    def __init__(self, layout: Layout, num_steps: int, lookahead: int, relative_error: RelativeError = ops.relative_error) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        num_steps: int,
+        lookahead: int,
+        relative_error: RelativeError = ops.relative_error,
+    ) -> None:
         self._layout, self._num_steps, self._lookahead = layout, num_steps, lookahead
         self._relative_error = relative_error
         self._running: dict[int, list[Tensor]] = {}  # errors [K', L] by step, for every call of a step
@@ -95,13 +114,21 @@ class ErrorObserver:
         return self._lookahead + 1
 
     def __call__(self, step: int, call: int, history: list[list[Tensor]]) -> None:
-        """history[b]: features of branch b, newest first; the newest is of this step, the next of the step before."""
+        """history[b]: features of branch b, newest first; the newest is of this step, the next of the step
+        before.
+        """
         steps = self._running.setdefault(call, [])
         if step != len(steps):
-            raise SessionError(f"calibration: expected step {len(steps)} of call {call}, got {step}; a run visits every step once, in order")
+            raise SessionError(
+                f"calibration: expected step {len(steps)} of call {call}, got {step}; a run visits every step"
+                " once, in order"
+            )
         reach = min(step, self._lookahead)
         if len(history) != len(self._layout.branches) or any(len(features) <= reach for features in history):
-            raise SessionError(f"calibration: expected {reach + 1} features of each of {len(self._layout.branches)} branches at step {step}, got {[len(features) for features in history]}")
+            raise SessionError(
+                f"calibration: expected {reach + 1} features of each of {len(self._layout.branches)} branches"
+                f" at step {step}, got {[len(features) for features in history]}"
+            )
         newest = [features[0] for features in history]
         self.tokens = newest[0].shape[1] if newest[0].dim() == 3 else 0
         if reach == 0:
@@ -114,7 +141,10 @@ class ErrorObserver:
         """A generation is over. Raises SessionError if it was not of the announced length."""
         lengths = {call: len(steps) for call, steps in self._running.items()}
         if set(lengths.values()) != {self._num_steps}:
-            raise SessionError(f"num_steps: expected {self._num_steps} model evaluations in a run, got {max(lengths.values(), default=0)}")
+            raise SessionError(
+                f"num_steps: expected {self._num_steps} model evaluations in a run, got"
+                f" {max(lengths.values(), default=0)}"
+            )
         self._runs.append(self._running)
         self._running = {}
 
@@ -122,7 +152,9 @@ class ErrorObserver:
         """Errors averaged over runs, and over the calls of a step. Reads the device, once."""
         recorded = [steps for run in self._runs for steps in run.values()]
         if not recorded:
-            raise SessionError("calibration: no run was recorded; the sampler must call the model that calibrate was given")
+            raise SessionError(
+                "calibration: no run was recorded; the sampler must call the model that calibrate was given"
+            )
         flat = torch.cat([errors.flatten() for steps in recorded for errors in steps]).cpu().double()
         branches = len(self._layout.branches)
         offsets, start = [], 0
@@ -133,6 +165,13 @@ class ErrorObserver:
 
         def rows_of(branch: int) -> Sequence[Sequence[float]]:
             # row j, entry i is what step i + j + 1 found about the feature j + 1 steps before it
-            return tuple(tuple(mean[offsets[i + j + 1] + j * branches + branch] for i in range(self._num_steps - 1 - j)) for j in range(self._lookahead))
+            return tuple(
+                tuple(
+                    mean[offsets[i + j + 1] + j * branches + branch] for i in range(self._num_steps - 1 - j)
+                )
+                for j in range(self._lookahead)
+            )
 
-        return ErrorCurves(self._layout, tuple(rows_of(branch) for branch in range(branches)), len(self._runs))
+        return ErrorCurves(
+            self._layout, tuple(rows_of(branch) for branch in range(branches)), len(self._runs)
+        )

@@ -1,4 +1,7 @@
-"""SmoothCache's calibration: from errors between steps to a schedule (spec section 4.1). Pure host arithmetic."""
+"""SmoothCache's calibration: from errors between steps to a schedule (spec section 4.1). Pure host
+arithmetic.
+"""
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +13,9 @@ from fastcache.policies import SmoothCache
 from fastcache.plan.published import Fingerprint, PublishedSchedule
 from fastcache.plan.schedule import Layout, Schedule
 
-Rows = tuple[tuple[float, ...], ...]  # E_0..E_{K-1}; E_j[i] is the error of computing at i and reusing at i + j + 1
+Rows = tuple[
+    tuple[float, ...], ...
+]  # E_0..E_{K-1}; E_j[i] is the error of computing at i and reusing at i + j + 1
 
 
 def greedy_schedule(errors: Sequence[Sequence[float]], threshold: float) -> list[int]:
@@ -25,7 +30,10 @@ def greedy_schedule(errors: Sequence[Sequence[float]], threshold: float) -> list
     schedule = [1] * num_steps
     i = 0
     while i < num_steps:
-        reach = next((j + 1 for j in reversed(range(len(errors))) if i < len(errors[j]) and errors[j][i] <= threshold), 0)
+        reach = next(
+            (j + 1 for j in reversed(range(len(errors))) if i < len(errors[j]) and errors[j][i] <= threshold),
+            0,
+        )
         schedule[i + 1 : i + 1 + reach] = [0] * reach
         i += reach + 1
     schedule[-1] = 1
@@ -46,10 +54,15 @@ class ErrorCurves:
 
     def __post_init__(self) -> None:
         if len(self.errors) != len(self.layout.branches):
-            raise ValueError(f"errors: expected rows for each of {len(self.layout.branches)} branches, got {len(self.errors)}")
+            raise ValueError(
+                f"errors: expected rows for each of {len(self.layout.branches)} branches, got"
+                f" {len(self.errors)}"
+            )
         shapes = {(_steps_of(rows), len(rows)) for rows in self.errors}
         if len(shapes) != 1:
-            raise ValueError(f"errors: expected one number of steps and look-aheads in all branches, got {sorted(shapes)}")
+            raise ValueError(
+                f"errors: expected one number of steps and look-aheads in all branches, got {sorted(shapes)}"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -64,15 +77,23 @@ class ErrorCurves:
     def keyed(self, per_layer: bool = False) -> dict[str, Rows]:
         """Errors by key of the published form: by branch name, averaged over blocks, or by branch."""
         if per_layer:
-            return {f"{branch.name}-{branch.block}": rows for branch, rows in zip(self.layout.branches, self.errors, strict=True)}
+            return {
+                f"{branch.name}-{branch.block}": rows
+                for branch, rows in zip(self.layout.branches, self.errors, strict=True)
+            }
         return {name: self._mean_of(name) for name in self.layout.names}
 
     def published(self, threshold: float, per_layer: bool = False) -> PublishedSchedule:
         """The greedy schedule of every key."""
-        return PublishedSchedule(tuple((key, tuple(greedy_schedule(rows, threshold))) for key, rows in self.keyed(per_layer).items()))
+        return PublishedSchedule(
+            tuple(
+                (key, tuple(greedy_schedule(rows, threshold))) for key, rows in self.keyed(per_layer).items()
+            )
+        )
 
     def threshold_for(self, target_speedup: float, per_layer: bool = False) -> float:
-        """The smallest threshold whose schedule's ideal speedup (Schedule.ideal_speedup) is at least the target.
+        """The smallest threshold whose schedule's ideal speedup (Schedule.ideal_speedup) is at least the
+        target.
 
         A larger threshold may compute more steps (only the farthest error is tested), so the search
         looks at every value at which some schedule changes: the errors themselves, in rising order.
@@ -82,12 +103,22 @@ class ErrorCurves:
             raise ValueError(f"target_speedup: expected a finite number >= 1, got {target_speedup!r}")
         keyed = self.keyed(per_layer)
         costs = self._costs(keyed)
-        constant = self.num_steps * (self.layout.fixed_flops + self.layout.modulation_flops * self.layout.depth)
+        constant = self.num_steps * (
+            self.layout.fixed_flops + self.layout.modulation_flops * self.layout.depth
+        )
         total = uncached = constant + self.num_steps * sum(costs.values())
         if self.layout.tokens <= 0 or uncached == constant:
-            raise ScheduleError("target_speedup: the host's layout has no token count or FLOPs to measure a speedup by; pass threshold instead")
+            raise ScheduleError(
+                "target_speedup: the host's layout has no token count or FLOPs to measure a speedup by; pass"
+                " threshold instead"
+            )
         computed = dict.fromkeys(keyed, self.num_steps)
-        changes = sorted((value, key) for key, rows in keyed.items() for value in {value for row in rows for value in row} if math.isfinite(value))
+        changes = sorted(
+            (value, key)
+            for key, rows in keyed.items()
+            for value in {value for row in rows for value in row}
+            if math.isfinite(value)
+        )
         best = (1.0, 0.0)
         if target_speedup == 1.0:
             return 0.0
@@ -100,7 +131,10 @@ class ErrorCurves:
             best = max(best, (uncached / total, -value))
             if uncached / total >= target_speedup * (1 - 1e-12):
                 return value
-        raise ScheduleError(f"target_speedup: {target_speedup:g} is out of reach with a look-ahead of {self.lookahead}; at most {best[0]:.2f} (threshold {-best[1]:.4g}). Raise lookahead, or ask for less")
+        raise ScheduleError(
+            f"target_speedup: {target_speedup:g} is out of reach with a look-ahead of {self.lookahead}; at"
+            f" most {best[0]:.2f} (threshold {-best[1]:.4g}). Raise lookahead, or ask for less"
+        )
 
     def _costs(self, keyed: Mapping[str, Rows]) -> dict[str, int]:
         """FLOPs of one computed step per key."""
@@ -112,13 +146,22 @@ class ErrorCurves:
         return costs
 
     def _mean_of(self, name: str) -> Rows:
-        chosen = [rows for branch, rows in zip(self.layout.branches, self.errors, strict=True) if branch.name == name]
-        return tuple(tuple(sum(values) / len(values) for values in zip(*rows_j, strict=True)) for rows_j in zip(*chosen, strict=True))
+        chosen = [
+            rows
+            for branch, rows in zip(self.layout.branches, self.errors, strict=True)
+            if branch.name == name
+        ]
+        return tuple(
+            tuple(sum(values) / len(values) for values in zip(*rows_j, strict=True))
+            for rows_j in zip(*chosen, strict=True)
+        )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Error curves and the threshold that was chosen. `scheduler` is the sampler's name, kept for checking."""
+    """Error curves and the threshold that was chosen. `scheduler` is the sampler's name, kept for
+    checking.
+    """
 
     curves: ErrorCurves
     threshold: float
@@ -131,7 +174,16 @@ class Calibration:
         import fastcache
 
         layout = self.curves.layout
-        made = Fingerprint(layout.family, layout.depth, layout.names, self.curves.num_steps, self.scheduler, self.threshold, self.curves.lookahead, fastcache.__version__)
+        made = Fingerprint(
+            layout.family,
+            layout.depth,
+            layout.names,
+            self.curves.num_steps,
+            self.scheduler,
+            self.threshold,
+            self.curves.lookahead,
+            fastcache.__version__,
+        )
         return PublishedSchedule(self.curves.published(self.threshold, self.per_layer).entries, made)
 
     def policy(self) -> SmoothCache:
@@ -159,5 +211,8 @@ def _steps_of(errors: Sequence[Sequence[float]]) -> int:
     num_steps = len(errors[0]) + 1
     for j, row in enumerate(errors):
         if len(row) != max(0, num_steps - 1 - j):
-            raise ValueError(f"errors[{j}]: expected {max(0, num_steps - 1 - j)} values for {num_steps} steps, got {len(row)}")
+            raise ValueError(
+                f"errors[{j}]: expected {max(0, num_steps - 1 - j)} values for {num_steps} steps, got"
+                f" {len(row)}"
+            )
     return num_steps

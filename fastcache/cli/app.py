@@ -1,4 +1,5 @@
 """All commands in one typer app."""
+
 import typer
 
 from fastcache.cli.calibrate import calibrate
@@ -12,4 +13,3 @@ from fastcache.cli.sample import sample
 app = typer.Typer(name="fastcache", help="Feature caching for diffusion transformers.", no_args_is_help=True)
 for command in (demo, quality, frontier, sample, calibrate, plan, doctor):
     app.command()(command)
-

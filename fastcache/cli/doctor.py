@@ -1,4 +1,5 @@
 """`fastcache doctor`."""
+
 import platform
 from typing import Annotated
 
@@ -15,14 +16,24 @@ from fastcache.backends.library import OPERATORS, cpu_capability
 from fastcache.ops.verify import Verdict, verify
 
 
-def doctor(verify: Annotated[bool, Option(help="Check every operator and backend on this machine against float64.")] = False) -> None:
+def doctor(
+    verify: Annotated[
+        bool, Option(help="Check every operator and backend on this machine against float64.")
+    ] = False,
+) -> None:
     """Show what was built, what runs where, and why the rest does not."""
     console = Console()
-    console.print(f"fastcache {fastcache.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    console.print(
+        f"fastcache {fastcache.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python"
+        f" {platform.python_version()}, {platform.machine()}"
+    )
     console.print(_libraries())
     console.print(_backends())
     console.print(_operators())
-    console.print(f"launch configurations of GPU kernels: {len(tuning.table())} measured entries (FASTCACHE_TUNING), the heuristics for everything else")
+    console.print(
+        f"launch configurations of GPU kernels: {len(tuning.table())} measured entries (FASTCACHE_TUNING),"
+        " the heuristics for everything else"
+    )
     if verify and not _verified(console):
         raise Exit(1)
 
@@ -32,14 +43,24 @@ def _libraries() -> Table:
     for heading in ("library", "loaded", "what it is, or why not"):
         table.add_column(heading, overflow="fold")
     for name, library in backends.LIBRARIES.items():
-        detail = f"instruction set {cpu_capability(library)}" if name == "cpu" and library.loaded else library.reason
+        detail = (
+            f"instruction set {cpu_capability(library)}"
+            if name == "cpu" and library.loaded
+            else library.reason
+        )
         table.add_row(library.path.name, "yes" if library.loaded else "no", detail)
     try:
         from fastcache import _C
     except ImportError:
         table.add_row("_C", "no", "build information was not built (optional)")
     else:
-        table.add_row("_C", "yes", ", ".join(f"{key} {value}" for key, value in {**_C.build(), "this processor": _C.cpu_features()}.items()))
+        table.add_row(
+            "_C",
+            "yes",
+            ", ".join(
+                f"{key} {value}" for key, value in {**_C.build(), "this processor": _C.cpu_features()}.items()
+            ),
+        )
     return table
 
 
@@ -53,7 +74,9 @@ def _backends() -> Table:
 
 
 def _operators() -> Table:
-    """Which backend runs each operator, and of the others, which cannot run here and which have no kernel of it."""
+    """Which backend runs each operator, and of the others, which cannot run here and which have no kernel of
+    it.
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     table = Table(title="operators", title_justify="left")
     for heading in ("operator", *(f"on {device}" for device in devices), *backends.NAMES):
@@ -74,7 +97,13 @@ def _verified(console: Console) -> bool:
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     failures = 0
     for device in devices:
-        table = Table(title=f"error against float64 on {device}, as a multiple of the eager definition's (at most 1.1; - where a backend has no kernel)", title_justify="left")
+        table = Table(
+            title=(
+                f"error against float64 on {device}, as a multiple of the eager definition's (at most 1.1; -"
+                " where a backend has no kernel)"
+            ),
+            title_justify="left",
+        )
         verdicts = list(verify(device))
         columns = list(dict.fromkeys((verdict.backend, verdict.dtype) for verdict in verdicts))
         for heading in ("form", *(f"{backend}\n{dtype}" for backend, dtype in columns)):

@@ -1,4 +1,5 @@
 """Entry point of the `fastcache` command."""
+
 import sys
 
 from fastcache.errors import FastCacheError
@@ -6,7 +7,9 @@ from fastcache.extras import needs_extra
 
 
 def main() -> None:
-    """Run the command line. What is missing, a package or a file, and what does not fit is told in one line."""
+    """Run the command line. What is missing, a package or a file, and what does not fit is told in one
+    line.
+    """
     try:
         with needs_extra("demo"):
             from fastcache.cli.app import app

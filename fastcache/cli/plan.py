@@ -1,4 +1,5 @@
 """`fastcache plan`."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,10 @@ def plan(
         console.print(tokens_of(schedule))
     authors = _authors_flops(chosen, steps, layout)
     if authors is not None:
-        console.print(f"{authors:,} FLOPs by the authors' own formula, which counts the blocks alone, for a batch of {GUIDED} (one sample with guidance)")
+        console.print(
+            f"{authors:,} FLOPs by the authors' own formula, which counts the blocks alone, for a batch of"
+            f" {GUIDED} (one sample with guidance)"
+        )
     if draw is not None:
         draw_schedules({f"{schedule.policy} on {model}": schedule}, draw)
         console.print(f"drawn: {draw}")
@@ -62,7 +66,10 @@ def table_of(schedule: Schedule, model: str) -> Table:
     settings = ", ".join(f"{name}={value}" for name, value in schedule.fields.items())
     table = Table(
         title=f"{schedule.policy}({settings}) on {model}, {schedule.num_steps} steps",
-        caption=f"ideal speedup {schedule.ideal_speedup():.2f}x (FLOPs of the whole model, one sample, without guidance)",
+        caption=(
+            f"ideal speedup {schedule.ideal_speedup():.2f}x (FLOPs of the whole model, one sample, without"
+            " guidance)"
+        ),
     )
     for heading in ("kind", "steps", "GFLOPs a step", "GFLOPs", "at"):
         table.add_column(heading, justify="left" if heading in ("kind", "at") else "right")
@@ -71,13 +78,23 @@ def table_of(schedule: Schedule, model: str) -> Table:
         flops = sum(schedule.steps[index].flops() for index in at)
         table.add_row(kind, str(len(at)), f"{flops / len(at) / 1e9:.3f}", f"{flops / 1e9:.1f}", _ranges(at))
     table.add_section()
-    table.add_row("all", str(schedule.num_steps), f"{schedule.flops() / schedule.num_steps / 1e9:.3f}", f"{schedule.flops() / 1e9:.1f}", "")
+    table.add_row(
+        "all",
+        str(schedule.num_steps),
+        f"{schedule.flops() / schedule.num_steps / 1e9:.3f}",
+        f"{schedule.flops() / 1e9:.1f}",
+        "",
+    )
     return table
 
 
 def tokens_of(schedule: Schedule) -> Table:
     """A line per run of equal steps that refresh tokens: how many in each branch, over all blocks."""
-    names = [name for name in schedule.layout.names if any(schedule.layout.branches[index].name == name for index in schedule.refreshed)]
+    names = [
+        name
+        for name in schedule.layout.names
+        if any(schedule.layout.branches[index].name == name for index in schedule.refreshed)
+    ]
     table = Table(title=f"refreshed of {schedule.layout.tokens} tokens", caption="fewest-most of any block")
     for heading in ("steps", "kind", *names):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
@@ -90,8 +107,12 @@ def tokens_of(schedule: Schedule) -> Table:
 
 
 def _tokens(step: StepPlan, name: str) -> str:
-    """"21-32", "0" or, for a branch that refreshes none, nothing."""
-    found = [action.tokens for action, branch in zip(step.actions, step.layout.branches, strict=True) if branch.name == name and action.kind is Kind.REFRESH]
+    """ "21-32", "0" or, for a branch that refreshes none, nothing."""
+    found = [
+        action.tokens
+        for action, branch in zip(step.actions, step.layout.branches, strict=True)
+        if branch.name == name and action.kind is Kind.REFRESH
+    ]
     if not found:
         return ""
     return str(found[0]) if min(found) == max(found) else f"{min(found)}-{max(found)}"
@@ -108,4 +129,6 @@ def _ranges(indices: list[int]) -> str:
     """0, 1, 2, 5 -> "0-2, 5"."""
     starts = [i for i in indices if i - 1 not in indices]
     ends = [i for i in indices if i + 1 not in indices]
-    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+    return ", ".join(
+        str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)
+    )

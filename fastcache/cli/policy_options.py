@@ -1,4 +1,5 @@
 """Policies on the command line: `--policy fora --set interval=3`."""
+
 import inspect
 import json
 from collections.abc import Sequence
@@ -9,8 +10,12 @@ from typer import BadParameter, Option
 from fastcache.errors import FastCacheError
 from fastcache.policies import POLICIES, Policy
 
-PolicyName = Annotated[str | None, Option("--policy", help=f"One of: {', '.join(POLICIES)}. Without it nothing is cached.")]
-PolicyFields = Annotated[list[str] | None, Option("--set", help="A field of the policy, field=value; may be repeated.")]
+PolicyName = Annotated[
+    str | None, Option("--policy", help=f"One of: {', '.join(POLICIES)}. Without it nothing is cached.")
+]
+PolicyFields = Annotated[
+    list[str] | None, Option("--set", help="A field of the policy, field=value; may be repeated.")
+]
 
 
 def policy_from(name: str | None, settings: Sequence[str] | None) -> Policy | None:
@@ -30,7 +35,9 @@ def policy_from(name: str | None, settings: Sequence[str] | None) -> Policy | No
     for setting in settings or ():
         field, equals, text = setting.partition("=")
         if not equals or field not in known:
-            raise BadParameter(f"--set: expected field=value with a field of {', '.join(known)}, got {setting!r}")
+            raise BadParameter(
+                f"--set: expected field=value with a field of {', '.join(known)}, got {setting!r}"
+            )
         values[field] = _value(text)
     try:
         return kind(**values)

@@ -1,4 +1,5 @@
 """`fastcache quality`."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,12 @@ from fastcache.workshop.studies.quality import QualityReport, run_quality
 
 
 def quality(
-    out: Annotated[Path, Option(help="Folder for the pictures (kept between runs) and report.json.")] = Path("out/quality"),
-    per_class: Annotated[int, Option(min=2, help="Pictures of each of the 36 classes, for each setting.")] = 28,
+    out: Annotated[Path, Option(help="Folder for the pictures (kept between runs) and report.json.")] = Path(
+        "out/quality"
+    ),
+    per_class: Annotated[
+        int, Option(min=2, help="Pictures of each of the 36 classes, for each setting.")
+    ] = 28,
 ) -> None:
     """Judge many pictures of every setting of the demo by Frechet distance. Takes long; resumes."""
     report = run_quality(out, per_class=per_class)

@@ -1,4 +1,5 @@
 """`fastcache sample`."""
+
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +23,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def sample(
-    out: Annotated[Path, Option(help="Folder for the pictures; those that are there already are not made again.")] = Path("out/sample"),
-    checkpoint: Annotated[Path | None, Option(help="A DiT as .pt or .safetensors; without it, the shipped glyph model.")] = None,
-    num_heads: Annotated[int | None, Option(help="Attention heads, for a checkpoint of no published size.")] = None,
-    vae: Annotated[str | None, Option(help="diffusers' AutoencoderKL, by name or folder, for a model of latents.")] = None,
+    out: Annotated[
+        Path, Option(help="Folder for the pictures; those that are there already are not made again.")
+    ] = Path("out/sample"),
+    checkpoint: Annotated[
+        Path | None, Option(help="A DiT as .pt or .safetensors; without it, the shipped glyph model.")
+    ] = None,
+    num_heads: Annotated[
+        int | None, Option(help="Attention heads, for a checkpoint of no published size.")
+    ] = None,
+    vae: Annotated[
+        str | None, Option(help="diffusers' AutoencoderKL, by name or folder, for a model of latents.")
+    ] = None,
     classes: Annotated[str, Option(help="Class numbers such as 0,5,10-19.")] = "0-7",
     per_class: Annotated[int, Option(min=1, help="Pictures of each class.")] = 1,
     steps: Annotated[int, Option(min=1, help="Steps of the scheduler.")] = 50,
@@ -49,11 +58,21 @@ def sample(
     decode = _decoder(model, vae, device)
     labels = [label for label in numbers_in(classes, model.config.num_classes - 1) for _ in range(per_class)]
     paths = [out / f"{index:05d}-class-{label}.png" for index, label in enumerate(labels)]
-    _claim(out, {
-        "checkpoint": None if checkpoint is None else checkpoint.name, "classes": classes, "per_class": per_class,
-        "vae": vae, "steps": steps, "guidance": guidance, "seed": seed, "scheduler": scheduler, "dtype": dtype,
-        "policy": None if chosen is None else [policy, chosen.fields()],
-    })
+    _claim(
+        out,
+        {
+            "checkpoint": None if checkpoint is None else checkpoint.name,
+            "classes": classes,
+            "per_class": per_class,
+            "vae": vae,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "scheduler": scheduler,
+            "dtype": dtype,
+            "policy": None if chosen is None else [policy, chosen.fields()],
+        },
+    )
     missing = [index for index, path in enumerate(paths) if not path.exists()]
 
     def write(indices: Sequence[int], pictures: Tensor) -> None:
@@ -75,12 +94,16 @@ def sample(
             batch_size=batch_size,
             on_batch=write,
         )
-        console.print(str(samples.summary or f"uncached: {sum(samples.batch_seconds):.2f} s"), highlight=False)
-    console.print(f"{len(missing)} pictures made, {len(labels) - len(missing)} were there: {out}", highlight=False)
+        console.print(
+            str(samples.summary or f"uncached: {sum(samples.batch_seconds):.2f} s"), highlight=False
+        )
+    console.print(
+        f"{len(missing)} pictures made, {len(labels) - len(missing)} were there: {out}", highlight=False
+    )
 
 
 def numbers_in(text: str, largest: int) -> list[int]:
-    """"0,5,10-12" -> [0, 5, 10, 11, 12]. Raises BadParameter for anything but numbers in 0..largest."""
+    """ "0,5,10-12" -> [0, 5, 10, 11, 12]. Raises BadParameter for anything but numbers in 0..largest."""
     numbers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -104,7 +127,10 @@ def _decoder(model: DiT, vae: str | None, device: str) -> Callable[[Tensor], Ten
     """From what the model makes to pictures in [-1, 1]."""
     if vae is None:
         if model.config.in_channels not in (1, 3):
-            raise BadParameter(f"--vae: this model makes latents of {model.config.in_channels} channels; name a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-ema, or its folder")
+            raise BadParameter(
+                f"--vae: this model makes latents of {model.config.in_channels} channels; name a diffusers"
+                " AutoencoderKL, such as stabilityai/sd-vae-ft-ema, or its folder"
+            )
         return lambda pictures: pictures
     from diffusers import AutoencoderKL
 
@@ -116,6 +142,8 @@ def _claim(out: Path, settings: dict[str, object]) -> None:
     """Pictures of different settings never mix: the folder remembers what it is for."""
     record, text = out / "settings.json", json.dumps(settings, indent=2) + "\n"
     if record.exists() and record.read_text() != text:
-        raise BadParameter(f"--out: {out} holds pictures of other settings (see {record}); choose another folder")
+        raise BadParameter(
+            f"--out: {out} holds pictures of other settings (see {record}); choose another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(text)

@@ -1,4 +1,5 @@
 """Components of blocks (attn1, ff, ...) of any model, and taking over their forward."""
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,9 @@ class Stored:
         return _versions(self.output) == self.versions
 
 
-def find_components(model: nn.Module, block_classes: type | Sequence[type], names: Iterable[str]) -> list[Component]:
+def find_components(
+    model: nn.Module, block_classes: type | Sequence[type], names: Iterable[str]
+) -> list[Component]:
     """The modules `names` of every block of `block_classes`, in the model's order.
 
     Raises HostError if the model has no such block, or a name is in none of them.
@@ -50,25 +53,44 @@ def find_components(model: nn.Module, block_classes: type | Sequence[type], name
     blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, classes)]
     found = [
         Component(f"{path}.{name}" if path else name, name, path.rpartition(".")[2], child)
-        for path, block in blocks for name in names if isinstance(child := getattr(block, name, None), nn.Module)
+        for path, block in blocks
+        for name in names
+        if isinstance(child := getattr(block, name, None), nn.Module)
     ]
     absent = [name for name in names if all(component.name != name for component in found)]
     if not blocks:
-        raise HostError(f"block_classes: {type(model).__name__} has no {' or '.join(kind.__name__ for kind in classes)}; its modules are {', '.join(sorted({type(module).__name__ for module in model.modules()}))}")
+        raise HostError(
+            f"block_classes: {type(model).__name__} has no {' or '.join(kind.__name__ for kind in classes)};"
+            f" its modules are {', '.join(sorted({type(module).__name__ for module in model.modules()}))}"
+        )
     if absent or not names:
         children = sorted({name for _, block in blocks for name, _ in block.named_children()})
-        raise HostError(f"components_to_wrap: expected names of {', '.join(children)}, got {', '.join(absent) or 'none'}")
+        raise HostError(
+            f"components_to_wrap: expected names of {', '.join(children)}, got {', '.join(absent) or 'none'}"
+        )
     return found
 
 
 class Wrapping:
     """The forwards of components, and of the model around them, while they are taken over."""
 
-    def __init__(self, model: nn.Module, components: Sequence[Component], call: Call, failed: Callable[[], None]) -> None:
+    def __init__(
+        self, model: nn.Module, components: Sequence[Component], call: Call, failed: Callable[[], None]
+    ) -> None:
         self._installed: list[Installation] = []
-        taken = next((name for name, module in (("the model", model), *((c.full_name, c.module) for c in components)) if installed_in(module) is not None), None)
+        taken = next(
+            (
+                name
+                for name, module in (("the model", model), *((c.full_name, c.module) for c in components))
+                if installed_in(module) is not None
+            ),
+            None,
+        )
         if taken is not None:
-            raise SessionError(f"model: {taken} is cached already by another FastCache session or helper; disable that one first")
+            raise SessionError(
+                f"model: {taken} is cached already by another FastCache session or helper; disable that one"
+                " first"
+            )
 
         def guarded(original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             if torch.compiler.is_compiling():
@@ -82,7 +104,9 @@ class Wrapping:
         try:
             self._installed.append(Installation("", model, guarded))
             for component in components:
-                self._installed.append(Installation(component.full_name, component.module, _bound(call, component)))
+                self._installed.append(
+                    Installation(component.full_name, component.module, _bound(call, component))
+                )
         except BaseException:
             self.restore()
             raise

@@ -1,4 +1,5 @@
-"""SmoothCache's helper classes by their own names: change the import, nothing else (spec sections 4.1 and 4.3).
+"""SmoothCache's helper classes by their own names: change the import, nothing else (spec sections 4.1 and
+4.3).
 
     from fastcache.compat.smoothcache import DiffuserCacheHelper
     helper = DiffuserCacheHelper(pipe.transformer, schedule=json.load(open("schedule.json")))
@@ -9,6 +10,7 @@ DiTCacheHelper runs on FastCache's engine, where a skipped component costs no no
 Unlike the originals, they start over by themselves when a generation ends or fails, never
 broadcast a stored output, and refuse a schedule that would do nothing.
 """
+
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +20,24 @@ from typing import Any
 from torch import nn
 
 from fastcache.compat.components import Component, Stored, Wrapping, find_components, input_form
-from fastcache.compat.smoothcache_calibration import CalibrationHelper, DiffuserCalibrationHelper, diffusers_block
+from fastcache.compat.smoothcache_calibration import (
+    CalibrationHelper,
+    DiffuserCalibrationHelper,
+    diffusers_block,
+)
 from fastcache.errors import HostError, SessionError
 from fastcache.hosts import recognise
 from fastcache.policies import SmoothCache
 from fastcache.plan.published import PublishedSchedule
 from fastcache.engine.session import Session, accelerate
 
-__all__ = ["CalibrationHelper", "DiTCacheHelper", "DiffuserCacheHelper", "DiffuserCalibrationHelper", "SmoothCacheHelper"]
+__all__ = [
+    "CalibrationHelper",
+    "DiTCacheHelper",
+    "DiffuserCacheHelper",
+    "DiffuserCalibrationHelper",
+    "SmoothCacheHelper",
+]
 
 log = logging.getLogger(__name__)
 Source = Mapping[str, Any] | str | Path | PublishedSchedule
@@ -39,8 +51,17 @@ class SmoothCacheHelper:
     without an error inside the model (a sampler that stops early), call reset_state().
     """
 
-    def __init__(self, model: nn.Module, block_classes: type | Sequence[type], components_to_wrap: Sequence[str], schedule: Source, *, calls_per_step: int = 1) -> None:
-        """calls_per_step: model calls per step of the schedule; 2 where guidance makes two calls, each with outputs of its own.
+    def __init__(
+        self,
+        model: nn.Module,
+        block_classes: type | Sequence[type],
+        components_to_wrap: Sequence[str],
+        schedule: Source,
+        *,
+        calls_per_step: int = 1,
+    ) -> None:
+        """calls_per_step: model calls per step of the schedule; 2 where guidance makes two calls, each with
+        outputs of its own.
 
         Raises ScheduleError for a schedule that does not fit, HostError if nothing matches.
         """
@@ -78,18 +99,27 @@ class SmoothCacheHelper:
             self.wrap_components()
 
     def disable(self) -> None:
-        """Restore every forward and free the stored outputs. A generation that did not follow the schedule is logged."""
+        """Restore every forward and free the stored outputs. A generation that did not follow the schedule is
+        logged.
+        """
         enabled, steps = self._wrapping is not None, max(self._counts.values()) // self._calls_per_step
         self.unwrap_components()
         if enabled and steps:
-            log.warning("the last generation ended after %d of the schedule's %d steps; use a schedule for the sampler's number of steps", steps, self.published.num_steps)
+            log.warning(
+                "the last generation ended after %d of the schedule's %d steps; use a schedule for the"
+                " sampler's number of steps",
+                steps,
+                self.published.num_steps,
+            )
         self.reset_state()
 
     def wrap_components(self) -> None:
         """Take the components' forwards over."""
         if self._wrapping is None:
             self._wrapping = Wrapping(self.model, self._components, self._call, self.reset_state)
-            self.original_forwards = dict(zip((c.full_name for c in self._components), self._wrapping.originals, strict=True))
+            self.original_forwards = dict(
+                zip((c.full_name for c in self._components), self._wrapping.originals, strict=True)
+            )
 
     def unwrap_components(self) -> None:
         """Put the components' forwards back."""
@@ -108,21 +138,32 @@ class SmoothCacheHelper:
         self.enable()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.disable()
 
     def _call(self, component: Component, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         name = component.full_name
         form = input_form(args, kwargs)
         if self._forms.get(name, form) != form:
-            log.warning("%s: its input changed from %s to %s in the middle of a generation; the stored outputs were dropped and this is step 0 of a new one", name, self._forms[name], form)
+            log.warning(
+                "%s: its input changed from %s to %s in the middle of a generation; the stored outputs were"
+                " dropped and this is step 0 of a new one",
+                name,
+                self._forms[name],
+                form,
+            )
             self.reset_state()
         self._forms[name] = form
         count = self._counts[name]
         key = (name, count % self._calls_per_step)
         if self.is_skip_step(name):
             if not self._stored[key].intact():
-                raise SessionError(f"{name}: its stored output was modified in place after it was returned; make the block write to a copy")
+                raise SessionError(
+                    f"{name}: its stored output was modified in place after it was returned; make the block"
+                    " write to a copy"
+                )
             output = self._stored[key].output
         else:
             output = original(*args, **kwargs)
@@ -146,8 +187,17 @@ class SmoothCacheHelper:
 class DiffuserCacheHelper(SmoothCacheHelper):
     """For diffusers' BasicTransformerBlock: attn1, or the components that are named."""
 
-    def __init__(self, model: nn.Module, schedule: Source, *, components_to_wrap: Sequence[str] = ("attn1",), calls_per_step: int = 1) -> None:
-        super().__init__(model, diffusers_block(), components_to_wrap, schedule, calls_per_step=calls_per_step)
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Source,
+        *,
+        components_to_wrap: Sequence[str] = ("attn1",),
+        calls_per_step: int = 1,
+    ) -> None:
+        super().__init__(
+            model, diffusers_block(), components_to_wrap, schedule, calls_per_step=calls_per_step
+        )
 
 
 class DiTCacheHelper(SmoothCacheHelper):
@@ -186,7 +236,9 @@ class DiTCacheHelper(SmoothCacheHelper):
         if not self._on_engine:
             super().wrap_components()
         elif self.session is None:
-            session = accelerate(self.model, SmoothCache(self.published), self.published.num_steps, calls_per_step=1)
+            session = accelerate(
+                self.model, SmoothCache(self.published), self.published.num_steps, calls_per_step=1
+            )
             session.__enter__()
             self.session = session
 

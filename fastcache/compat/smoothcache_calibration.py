@@ -1,4 +1,5 @@
 """SmoothCache's calibration helpers: error curves of components of any model (spec section 4.1)."""
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,10 @@ class CalibrationHelper:
         log_file: str | Path = "calibration_schedule.json",
     ) -> None:
         """Names as in the original: K, alpha, T, and the JSON file to write. Raises ValueError, HostError."""
-        for name, value in (("calibration_lookahead", calibration_lookahead), ("schedule_length", schedule_length)):
+        for name, value in (
+            ("calibration_lookahead", calibration_lookahead),
+            ("schedule_length", schedule_length),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
         if not calibration_threshold >= 0:
@@ -53,7 +57,9 @@ class CalibrationHelper:
 
     def reset_state(self) -> None:
         """Forget everything that was measured."""
-        self._finished: dict[str, list[list[Tensor]]] = {component.full_name: [] for component in self._components}
+        self._finished: dict[str, list[list[Tensor]]] = {
+            component.full_name: [] for component in self._components
+        }
         self._drop_run()
 
     def enable(self) -> None:
@@ -75,7 +81,10 @@ class CalibrationHelper:
         started = max((len(rows) for rows in self._running.values()), default=0)
         try:
             if started or not all(self._finished.values()):
-                raise SessionError(f"schedule_length: expected runs of {self.schedule_length} calls of every component, got {started} calls in the last one; pass the number of model evaluations of a generation")
+                raise SessionError(
+                    f"schedule_length: expected runs of {self.schedule_length} calls of every component, got"
+                    f" {started} calls in the last one; pass the number of model evaluations of a generation"
+                )
             self._write()
         finally:
             self.reset_state()
@@ -84,7 +93,9 @@ class CalibrationHelper:
         self.enable()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.disable()
         elif self._wrapping is not None:
@@ -102,14 +113,24 @@ class CalibrationHelper:
     def _call(self, component: Component, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         output = original(*args, **kwargs)
         if not isinstance(output, Tensor):
-            raise SessionError(f"{component.full_name}: expected a tensor to measure, got {type(output).__name__}; leave {component.name} out of components_to_wrap")
+            raise SessionError(
+                f"{component.full_name}: expected a tensor to measure, got {type(output).__name__}; leave"
+                f" {component.name} out of components_to_wrap"
+            )
         name = component.full_name
         kept, running = self._kept[name], self._running[name]
         if kept and kept[0].shape != output.shape:
-            raise SessionError(f"{name}: its output changed from {list(kept[0].shape)} to {list(output.shape)} in the middle of a run of {self.schedule_length} steps; check schedule_length")
+            raise SessionError(
+                f"{name}: its output changed from {list(kept[0].shape)} to {list(output.shape)} in the middle"
+                f" of a run of {self.schedule_length} steps; check schedule_length"
+            )
         newest = output.detach().float()
         size = newest.abs().sum()
-        running.append(torch.stack([(earlier.float() - newest).abs().sum() / size for earlier in kept]) if kept else newest.new_empty(0))
+        running.append(
+            torch.stack([(earlier.float() - newest).abs().sum() / size for earlier in kept])
+            if kept
+            else newest.new_empty(0)
+        )
         kept.insert(0, output.detach().clone())
         del kept[self.calibration_lookahead :]
         if len(running) == self.schedule_length:
@@ -118,22 +139,42 @@ class CalibrationHelper:
         return output
 
     def _write(self) -> None:
-        self.errors = {name: self._mean_rows([c for c in self._components if c.name == name]) for name in self.components_to_wrap}
-        entries = tuple((name, tuple(greedy_schedule(rows, self.calibration_threshold))) for name, rows in self.errors.items())
+        self.errors = {
+            name: self._mean_rows([c for c in self._components if c.name == name])
+            for name in self.components_to_wrap
+        }
+        entries = tuple(
+            (name, tuple(greedy_schedule(rows, self.calibration_threshold)))
+            for name, rows in self.errors.items()
+        )
         blocks = {component.full_name.rpartition(".")[0] for component in self._components}
-        made = Fingerprint(type(self.model).__name__, len(blocks), tuple(self.components_to_wrap), self.schedule_length, None, self.calibration_threshold, self.calibration_lookahead, fastcache.__version__)
+        made = Fingerprint(
+            type(self.model).__name__,
+            len(blocks),
+            tuple(self.components_to_wrap),
+            self.schedule_length,
+            None,
+            self.calibration_threshold,
+            self.calibration_lookahead,
+            fastcache.__version__,
+        )
         published = PublishedSchedule(entries, made)
         self.schedule = published.to_dict()
         published.save(self.log_file)
 
     def _mean_rows(self, components: list[Component]) -> list[list[float]]:
-        """E_j[i] over all blocks and runs: what step i + j + 1 found about the output j + 1 steps before it."""
+        """E_j[i] over all blocks and runs: what step i + j + 1 found about the output j + 1 steps before
+        it.
+        """
         runs = [steps for component in components for steps in self._finished[component.full_name]]
         flat = torch.stack([torch.cat(steps) for steps in runs]).cpu().double().mean(0).tolist()
         starts = [0]
         for step in range(self.schedule_length):
             starts.append(starts[-1] + min(step, self.calibration_lookahead))
-        return [[flat[starts[i + j + 1] + j] for i in range(max(0, self.schedule_length - 1 - j))] for j in range(self.calibration_lookahead)]
+        return [
+            [flat[starts[i + j + 1] + j] for i in range(max(0, self.schedule_length - 1 - j))]
+            for j in range(self.calibration_lookahead)
+        ]
 
 
 class DiffuserCalibrationHelper(CalibrationHelper):
@@ -148,7 +189,15 @@ class DiffuserCalibrationHelper(CalibrationHelper):
         log_file: str | Path = "calibration_schedule.json",
         components_to_wrap: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(model, diffusers_block(), components_to_wrap or ["attn1"], calibration_lookahead, calibration_threshold, schedule_length, log_file)
+        super().__init__(
+            model,
+            diffusers_block(),
+            components_to_wrap or ["attn1"],
+            calibration_lookahead,
+            calibration_threshold,
+            schedule_length,
+            log_file,
+        )
 
 
 def diffusers_block() -> type[nn.Module]:

@@ -1,4 +1,5 @@
 """Stored features: a short history per branch, borrowed from the host or owned by us."""
+
 from collections import deque
 from dataclasses import dataclass
 
@@ -56,7 +57,12 @@ class FeatureStore:
         dtype = self._dtype or like.dtype
         if len(history) == self._depth and history[-1].owned and _alike(history[-1].tensor, like, dtype):
             return self._push(branch, Slot(history[-1].tensor, True, step, None))
-        return self._push(branch, Slot(torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format), True, step, None))
+        return self._push(
+            branch,
+            Slot(
+                torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format), True, step, None
+            ),
+        )
 
     def own(self, branch: int) -> Slot:
         """The newest feature of `branch`, in a buffer that may be written.
@@ -66,20 +72,32 @@ class FeatureStore:
         slot = self._slots[branch][0]
         if not slot.owned:
             kept = self.feature(branch)
-            slot = Slot(torch.empty_like(kept, memory_format=torch.contiguous_format).copy_(kept), True, slot.step, None)
+            slot = Slot(
+                torch.empty_like(kept, memory_format=torch.contiguous_format).copy_(kept),
+                True,
+                slot.step,
+                None,
+            )
             self._slots[branch][0] = slot
         return slot
 
     def usable(self, branch: int, x: Tensor) -> bool:
         """True if a feature is stored, and all that are belong to a stream of x's shape and device."""
         history = self._slots.get(branch)
-        return bool(history) and all(slot.tensor.shape == x.shape and slot.tensor.device == x.device for slot in history)
+        return bool(history) and all(
+            slot.tensor.shape == x.shape and slot.tensor.device == x.device for slot in history
+        )
 
     def feature(self, branch: int, back: int = 0) -> Tensor:
-        """A stored feature, 0 = the newest. Raises SessionError if a borrowed one was written by someone else."""
+        """A stored feature, 0 = the newest. Raises SessionError if a borrowed one was written by someone
+        else.
+        """
         slot = self._slots[branch][back]
         if slot.version is not None and slot.tensor._version != slot.version:
-            raise SessionError(f"the stored feature of branch {branch} was modified in place after the host's module returned it; return a copy from that module, or call session.reset() before the next step")
+            raise SessionError(
+                f"the stored feature of branch {branch} was modified in place after the host's module"
+                " returned it; return a copy from that module, or call session.reset() before the next step"
+            )
         return slot.tensor
 
     def steps(self, branch: int) -> list[int]:

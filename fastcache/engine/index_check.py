@@ -1,4 +1,7 @@
-"""At the close of a session: did a GPU kernel meet an index out of range? Never asked in the loop, because asking waits."""
+"""At the close of a session: did a GPU kernel meet an index out of range? Never asked in the loop, because
+asking waits.
+"""
+
 import logging
 
 import torch

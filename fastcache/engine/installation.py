@@ -1,4 +1,5 @@
 """Replacing `forward` on module instances, innermost, and restoring it exactly."""
+
 import copy
 import functools
 import types
@@ -52,7 +53,14 @@ class Installation:
 
     def where(self) -> tuple[Any, str] | None:
         """(holder, attribute) where our forward is now, None if someone removed it."""
-        return next(((holder, attribute) for holder, attribute, value in _places(self.module) if value is self.forward), None)
+        return next(
+            (
+                (holder, attribute)
+                for holder, attribute, value in _places(self.module)
+                if value is self.forward
+            ),
+            None,
+        )
 
     def restore(self) -> None:
         """Put the original back exactly; hooks that were added outside meanwhile stay."""
@@ -60,9 +68,17 @@ class Installation:
         found = self.where()
         if found is None:
             culprit = self.module.__dict__.get("forward", type(self.module).forward)
-            raise HostError(f"{self.name or 'model'}.forward was replaced by {_describe(culprit)} while the model was accelerated; remove hooks and wrappers in reverse order (the session is closed, its features are freed, and FastCache's stand-in now calls the original)")
+            raise HostError(
+                f"{self.name or 'model'}.forward was replaced by {_describe(culprit)} while the model was"
+                " accelerated; remove hooks and wrappers in reverse order (the session is closed, its"
+                " features are freed, and FastCache's stand-in now calls the original)"
+            )
         holder, attribute = found
-        if holder is self.module and attribute == "forward" and (self._before is _ABSENT or self._holder is not holder):
+        if (
+            holder is self.module
+            and attribute == "forward"
+            and (self._before is _ABSENT or self._holder is not holder)
+        ):
             del self.module.__dict__["forward"]
         else:
             before = self._before if self._before is not _ABSENT else self.forward.original
@@ -70,7 +86,9 @@ class Installation:
 
 
 def restore_all(installed: list[Installation]) -> None:
-    """Restore and forget every installation, the last one first; the first failure is raised when all were tried."""
+    """Restore and forget every installation, the last one first; the first failure is raised when all were
+    tried.
+    """
     failures = []
     while installed:
         try:
@@ -110,8 +128,12 @@ def _innermost(name: str, module: nn.Module) -> tuple[Any, str, Callable]:
             return holder, attribute, value
     if len(places) == 1:
         return places[0]
-    raise HostError(f"{name or 'model'}: cannot tell which of its wrapped forwards is its own ({', '.join(_describe(value) for _, _, value in places)}); accelerate it before adding hooks")
+    raise HostError(
+        f"{name or 'model'}: cannot tell which of its wrapped forwards is its own"
+        f" ({', '.join(_describe(value) for _, _, value in places)}); accelerate it before adding hooks"
+    )
 
 
 def _describe(value: Any) -> str:
-    return f"{getattr(value, '__module__', type(value).__module__)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    module = getattr(value, "__module__", type(value).__module__)
+    return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"

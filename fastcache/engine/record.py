@@ -1,4 +1,5 @@
 """What a session measured: time, operators and bytes by step kind."""
+
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class StepKindSummary:
-    """count: steps of this kind; median_ms of one; ops: operators dispatched by one, views excluded (None: not counted)."""
+    """count: steps of this kind; median_ms of one; ops: operators dispatched by one, views excluded (None:
+    not counted).
+    """
 
     count: int
     median_ms: float
@@ -48,13 +51,33 @@ class Summary:
         return None if self.measured_speedup is None else self.measured_speedup / self.ideal_speedup
 
     def __str__(self) -> str:
-        lines = [f"{self.policy}: {self.generations} generation(s), {self.total_ms / 1e3:.2f} s in the model, backend {self.backend}"]
-        lines += [f"  {kind:<8} {row.count:>5} steps  {row.median_ms:>9.2f} ms  {'-' if row.ops is None else row.ops:>6} ops" for kind, row in self.steps.items()]
-        measured = "-" if self.measured_speedup is None else f"{self.measured_speedup:.2f}x measured (against this session's full steps), {self.quotient:.2f} of ideal"
+        lines = [
+            f"{self.policy}: {self.generations} generation(s), {self.total_ms / 1e3:.2f} s in the model,"
+            f" backend {self.backend}"
+        ]
+        lines += [
+            f"  {kind:<8} {row.count:>5} steps  {row.median_ms:>9.2f} ms "
+            f" {'-' if row.ops is None else row.ops:>6} ops"
+            for kind, row in self.steps.items()
+        ]
+        measured = (
+            "-"
+            if self.measured_speedup is None
+            else (
+                f"{self.measured_speedup:.2f}x measured (against this session's full steps),"
+                f" {self.quotient:.2f} of ideal"
+            )
+        )
         lines.append(f"  speedup  {self.ideal_speedup:.2f}x ideal, {measured}")
-        lines.append(f"  memory   {self.bytes_held / 1e6:.1f} MB of features, {self.table_bytes / 1e6:.1f} MB of modulation tables")
+        lines.append(
+            f"  memory   {self.bytes_held / 1e6:.1f} MB of features, {self.table_bytes / 1e6:.1f} MB of"
+            " modulation tables"
+        )
         if self.recomputed:
-            lines.append(f"  note     {self.recomputed} step(s) recomputed because no stored feature fitted (first use, or the shape changed)")
+            lines.append(
+                f"  note     {self.recomputed} step(s) recomputed because no stored feature fitted (first"
+                " use, or the shape changed)"
+            )
         return "\n".join(lines)
 
 
@@ -72,7 +95,9 @@ class Recorder:
     counted_refreshing: set[str] = field(default_factory=set)
 
     def is_new(self, kind: str, refreshes: bool) -> bool:
-        """True if operators of this kind are to be counted now: at its first step, and again at the first that recomputes tokens."""
+        """True if operators of this kind are to be counted now: at its first step, and again at the first
+        that recomputes tokens.
+        """
         if refreshes and kind not in self.counted_refreshing:
             self.counted_refreshing.add(kind)
             return True
@@ -104,7 +129,17 @@ class Recorder:
             median = statistics.median(spans or slowed)
             steps[kind] = StepKindSummary(len(spans) + len(slowed), median, self.ops.get(kind))
             total += sum(spans) + (median * len(slowed) if spans else sum(slowed))
-        return Summary(policy, backend, steps, total, self.generations, self.bytes_held, self.table_bytes, ideal_speedup, self.recomputed)
+        return Summary(
+            policy,
+            backend,
+            steps,
+            total,
+            self.generations,
+            self.bytes_held,
+            self.table_bytes,
+            ideal_speedup,
+            self.recomputed,
+        )
 
 
 class OperatorCount(TorchDispatchMode):

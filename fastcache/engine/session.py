@@ -1,4 +1,5 @@
 """Runs a plan over a host model: takes it over, tracks steps, and gives it back as it was."""
+
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -61,22 +62,50 @@ def accelerate(
 
     Raises HostError for an unknown model, ScheduleError for a plan that does not fit it.
     """
-    return Session(model, policy, num_steps, calls_per_step=calls_per_step, keep=keep, own_features=own_features, feature_dtype=feature_dtype, compile=compile, count_ops=count_ops, record_tokens=record_tokens, host=host)
+    return Session(
+        model,
+        policy,
+        num_steps,
+        calls_per_step=calls_per_step,
+        keep=keep,
+        own_features=own_features,
+        feature_dtype=feature_dtype,
+        compile=compile,
+        count_ops=count_ops,
+        record_tokens=record_tokens,
+        host=host,
+    )
 
 
 class Session:
     """One accelerated model. Made by `accelerate`."""
 
     def __init__(
-        self, model: nn.Module, policy: Policy | Schedule, num_steps: int | None, *, calls_per_step: int | None = None, keep: bool = False, own_features: bool = False, feature_dtype: torch.dtype | None = None,
-        compile: bool = False, count_ops: bool = True, record_tokens: bool = False, host: type[Host] | None = None, observer: Observer | None = None, history: int = 1,
+        self,
+        model: nn.Module,
+        policy: Policy | Schedule,
+        num_steps: int | None,
+        *,
+        calls_per_step: int | None = None,
+        keep: bool = False,
+        own_features: bool = False,
+        feature_dtype: torch.dtype | None = None,
+        compile: bool = False,
+        count_ops: bool = True,
+        record_tokens: bool = False,
+        host: type[Host] | None = None,
+        observer: Observer | None = None,
+        history: int = 1,
     ) -> None:
         """As `accelerate`; observer is called after every model call with (step, call, features of
         every branch, newest first), of which at least `history` are kept."""
         if calls_per_step not in (None, 1, 2):
             raise ValueError(f"calls_per_step: expected 1, 2 or None (find out), got {calls_per_step!r}")
         if feature_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"feature_dtype: expected float32, float16, bfloat16 or None (the host's own), got {feature_dtype!r}")
+            raise ValueError(
+                "feature_dtype: expected float32, float16, bfloat16 or None (the host's own), got"
+                f" {feature_dtype!r}"
+            )
         self.host = recognise(model) if host is None else host(model)
         self._policy = policy
         self._declared_calls = self._calls_per_step = calls_per_step
@@ -85,7 +114,9 @@ class Session:
         self._record_tokens = record_tokens
         self._observer, self._history = observer, history
         self.tokens: dict[int, dict[int, Tensor]] = {}
-        self._trunk = Trunk(self.host, own_features=own_features, feature_dtype=feature_dtype, compile=compile)
+        self._trunk = Trunk(
+            self.host, own_features=own_features, feature_dtype=feature_dtype, compile=compile
+        )
         self._recorder = Recorder()
         self._installed: list[Installation] = []
         self._thread: int | None = None
@@ -106,14 +137,22 @@ class Session:
         if isinstance(self._policy, Schedule):
             schedule = self._policy
             if num_steps is not None and positive_steps(num_steps) != schedule.num_steps:
-                raise ScheduleError(f"num_steps: the schedule has {schedule.num_steps} steps, got {num_steps}; make a schedule for {num_steps} steps")
+                raise ScheduleError(
+                    f"num_steps: the schedule has {schedule.num_steps} steps, got {num_steps}; make a"
+                    f" schedule for {num_steps} steps"
+                )
             _check_branches(schedule, self.host)
         elif isinstance(self._policy, Policy):
             if num_steps is None:
-                raise ValueError("num_steps: expected the number of model evaluations of a generation, got None")
+                raise ValueError(
+                    "num_steps: expected the number of model evaluations of a generation, got None"
+                )
             schedule = self._policy.schedule(positive_steps(num_steps), layout)
         else:
-            raise TypeError(f"policy: expected a Policy (such as fastcache.FORA(interval=3)) or a Schedule, got {type(self._policy).__name__}")
+            raise TypeError(
+                "policy: expected a Policy (such as fastcache.FORA(interval=3)) or a Schedule, got"
+                f" {type(self._policy).__name__}"
+            )
         self._schedule = schedule
         self._trunk.follow(schedule, self._history)
         self._step = self._call = 0
@@ -125,7 +164,10 @@ class Session:
             raise SessionError("this session is already entered; make another with accelerate()")
         for module in (self.host.model, *self.host.blocks):
             if installed_in(module) is not None:
-                raise SessionError("the model is already accelerated by another session; leave that one first (one session per model)")
+                raise SessionError(
+                    "the model is already accelerated by another session; leave that one first (one session"
+                    " per model)"
+                )
         self._thread = threading.get_ident()
         try:
             self._installed.append(Installation("", self.host.model, self._call_model))
@@ -136,7 +178,9 @@ class Session:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         step, call, found = self._step, self._call, self._calls_per_step != self._declared_calls
         try:
             self._restore()
@@ -144,15 +188,30 @@ class Session:
             self.reset()
         raise_index_errors(self.host.model, error)
         if kind is None and (step or call):
-            halves = " (the first two calls had equal t and were taken for the halves of CFG; if they were two steps, pass calls_per_step=1)" if found and self._calls_per_step == 2 else ""
-            raise SessionError(f"num_steps: the last generation ended after {step} of {self._schedule.num_steps} steps{halves}, so it did not follow the plan; pass num_steps={step} (model evaluations, not scheduler steps), or call session.reset() if you stopped on purpose")
+            halves = (
+                " (the first two calls had equal t and were taken for the halves of CFG; if they were two"
+                " steps, pass calls_per_step=1)"
+                if found and self._calls_per_step == 2
+                else ""
+            )
+            raise SessionError(
+                f"num_steps: the last generation ended after {step} of {self._schedule.num_steps}"
+                f" steps{halves}, so it did not follow the plan; pass num_steps={step} (model evaluations,"
+                " not scheduler steps), or call session.reset() if you stopped on purpose"
+            )
 
     def _restore(self) -> None:
         restore_all(self._installed)
 
     # -- generations ----------------------------------------------------------------------------
 
-    def begin(self, num_steps: int | None = None, *, timesteps: Tensor | None = None, conditions: dict[str, Tensor] | None = None) -> None:
+    def begin(
+        self,
+        num_steps: int | None = None,
+        *,
+        timesteps: Tensor | None = None,
+        conditions: dict[str, Tensor] | None = None,
+    ) -> None:
         """Start a generation, knowing more about it.
 
         num_steps: model evaluations, if other than before. timesteps: [S], the t that the model
@@ -161,11 +220,15 @@ class Session:
         """
         self._check_thread()
         if (timesteps is None) != (conditions is None):
-            raise SessionError("begin: timesteps and conditions belong together (the modulation table needs both)")
+            raise SessionError(
+                "begin: timesteps and conditions belong together (the modulation table needs both)"
+            )
         self.reset()
         self._plan_generation(self._schedule.num_steps if num_steps is None else num_steps)
         if timesteps is not None and not self._schedule.uncached:
-            self._table = build_table(self.host, checked_timesteps(timesteps, self._schedule.num_steps), conditions)
+            self._table = build_table(
+                self.host, checked_timesteps(timesteps, self._schedule.num_steps), conditions
+            )
             self._recorder.table_bytes = max(self._recorder.table_bytes, self._table.nbytes)
 
     def step(self, index: int) -> None:
@@ -194,7 +257,10 @@ class Session:
 
     def _check_thread(self) -> None:
         if self._thread is not None and self._thread != threading.get_ident():
-            raise SessionError("the model is accelerated in another thread; one session serves one thread, use a model per thread")
+            raise SessionError(
+                "the model is accelerated in another thread; one session serves one thread, use a model per"
+                " thread"
+            )
 
     def _call_model(self, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
@@ -216,10 +282,20 @@ class Session:
         finally:
             self._busy = False
 
-    def _measured(self, kind: str | None, device: torch.device, original: Callable, args: tuple, kwargs: dict, finish: Callable[[], None]) -> Any:
+    def _measured(
+        self,
+        kind: str | None,
+        device: torch.device,
+        original: Callable,
+        args: tuple,
+        kwargs: dict,
+        finish: Callable[[], None],
+    ) -> Any:
         plan = self._schedule.steps[self._step]
         planned = kind or plan.kind
-        counter = OperatorCount() if self._count_ops and self._recorder.is_new(planned, plan.refreshes) else None
+        counter = (
+            OperatorCount() if self._count_ops and self._recorder.is_new(planned, plan.refreshes) else None
+        )
         begun = self._recorder.start(device)
         if counter is None:
             output = original(*args, **kwargs)
@@ -241,7 +317,9 @@ class Session:
         if self._observer is not None:
             self._observer(self._step, self._call, self._trunk.history())
         if self._record_tokens and self._call == 0:
-            self.tokens[self._step] = {index: chosen.cpu() for index, chosen in self._trunk.chosen_tokens().items()}
+            self.tokens[self._step] = {
+                index: chosen.cpu() for index, chosen in self._trunk.chosen_tokens().items()
+            }
 
     def _decide(self) -> StepPlan:
         planned = self._schedule.steps[self._step]
@@ -268,7 +346,9 @@ class Session:
         if self._first_t is None:
             self._first_t = t.detach().clone() if isinstance(t, Tensor) else torch.as_tensor(t)
             return
-        same = self._first_t.shape == torch.as_tensor(t).shape and bool(torch.equal(self._first_t, torch.as_tensor(t)))
+        same = self._first_t.shape == torch.as_tensor(t).shape and bool(
+            torch.equal(self._first_t, torch.as_tensor(t))
+        )
         self._first_t = None
         self._calls_per_step = 2 if same else 1
         if same:  # this is the second call of step 0
@@ -291,7 +371,11 @@ class Session:
 @torch._disable_dynamo  # torch.compiler.disable would import all of Dynamo at once
 def refuse_tracing() -> None:
     """Stop torch.compile of a whole accelerated model, instead of recompiling at every step."""
-    raise SessionError("torch.compile traced an accelerated model: its plan changes from step to step and must stay outside of tracing. Compile the branch bodies instead, with fastcache.accelerate(model, policy, num_steps, compile=True)")
+    raise SessionError(
+        "torch.compile traced an accelerated model: its plan changes from step to step and must stay outside"
+        " of tracing. Compile the branch bodies instead, with fastcache.accelerate(model, policy, num_steps,"
+        " compile=True)"
+    )
 
 
 def _check_branches(schedule: Schedule, host: Host) -> None:
@@ -302,4 +386,9 @@ def _check_branches(schedule: Schedule, host: Host) -> None:
     if wanted == present:
         return
     matched = len(set(wanted) & set(present))
-    raise ScheduleError(f"schedule: it has branches {', '.join(schedule.layout.names)} in {schedule.layout.depth} blocks ({schedule.layout.family}), the model has {', '.join(layout.names)} in {layout.depth} blocks ({layout.family}); {matched} of {len(wanted)} match. Make the schedule for this model's layout: policy.schedule(num_steps, session.host.layout())")
+    raise ScheduleError(
+        f"schedule: it has branches {', '.join(schedule.layout.names)} in {schedule.layout.depth} blocks"
+        f" ({schedule.layout.family}), the model has {', '.join(layout.names)} in {layout.depth} blocks"
+        f" ({layout.family}); {matched} of {len(wanted)} match. Make the schedule for this model's layout:"
+        " policy.schedule(num_steps, session.host.layout())"
+    )

@@ -1,4 +1,5 @@
 """One pass through a host's blocks by a step's plan: the way of a call below the session."""
+
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -66,14 +67,25 @@ class Done:
 class Trunk:
     """Runs blocks branch by branch over a ResidualStream, storing and reusing features."""
 
-    def __init__(self, host: Host, *, own_features: bool, feature_dtype: torch.dtype | None, compile: bool) -> None:
+    def __init__(
+        self, host: Host, *, own_features: bool, feature_dtype: torch.dtype | None, compile: bool
+    ) -> None:
         self._host = host
-        self._own, self._dtype, self._compile = own_features or feature_dtype is not None, feature_dtype, compile
+        self._own, self._dtype, self._compile = (
+            own_features or feature_dtype is not None,
+            feature_dtype,
+            compile,
+        )
         self._blocks = host.blocks
         self._layout = host.layout()
         self._programs = [host.branches(block) for block in self._blocks]
-        self._indices = [[index for index, _ in self._layout.branches_of(number)] for number in range(len(self._blocks))]
-        self._bodies = [[compiled_body(branch.body) if compile else branch.body for branch in program] for program in self._programs]
+        self._indices = [
+            [index for index, _ in self._layout.branches_of(number)] for number in range(len(self._blocks))
+        ]
+        self._bodies = [
+            [compiled_body(branch.body) if compile else branch.body for branch in program]
+            for program in self._programs
+        ]
         self._bank = GateBank(host)
         self._stores: dict[int, FeatureStore] = {}
         self._selectors: dict[int, TokenSelector] = {}
@@ -108,7 +120,9 @@ class Trunk:
         self._stream = self._tip = None
 
     def history(self) -> list[list[Tensor]]:
-        """The stored features of every branch of the layout, newest first, of the call that was opened last."""
+        """The stored features of every branch of the layout, newest first, of the call that was opened
+        last.
+        """
         return [self._store.history(index) for index in range(len(self._layout.branches))]
 
     def chosen_tokens(self) -> dict[int, Tensor]:
@@ -124,7 +138,9 @@ class Trunk:
         self._store = self._stores.setdefault(call, FeatureStore(self._depth, self._dtype))
         self._selector = None
         if self._refreshed:
-            self._selector = self._selectors.setdefault(call, TokenSelector(self._schedule.selection, sorted(self._refreshed)))
+            self._selector = self._selectors.setdefault(
+                call, TokenSelector(self._schedule.selection, sorted(self._refreshed))
+            )
             self._selector.begin_step()
         self._table, self._table_row = table, None
         self._memo: dict = {}
@@ -158,7 +174,9 @@ class Trunk:
 
     def _queue_branches(self, number: int, stream: ResidualStream, condition: Tensor) -> None:
         vectors = self._vectors(number, condition)
-        for position, (index, branch) in enumerate(zip(self._indices[number], self._programs[number], strict=True)):
+        for position, (index, branch) in enumerate(
+            zip(self._indices[number], self._programs[number], strict=True)
+        ):
             action = self._plan.actions[index]
             gate, row = vectors.gate(position, branch)
             if action.kind is Kind.COMPUTE:
@@ -171,13 +189,27 @@ class Trunk:
             elif not self._plan.skip:
                 stream.add(self._store.feature(index), gate, gate_row=row)
 
-    def _modulated(self, stream: ResidualStream, vectors: Vectors, branch: HostBranch, rows: SlotMap | None = None) -> Tensor:
-        return stream.modulated(vectors.vector(branch.shift), vectors.vector(branch.scale), rows=rows, norm=branch.norm, weight=branch.norm_weight, bias=branch.norm_bias, eps=branch.eps)
+    def _modulated(
+        self, stream: ResidualStream, vectors: Vectors, branch: HostBranch, rows: SlotMap | None = None
+    ) -> Tensor:
+        return stream.modulated(
+            vectors.vector(branch.shift),
+            vectors.vector(branch.scale),
+            rows=rows,
+            norm=branch.norm,
+            weight=branch.norm_weight,
+            bias=branch.norm_bias,
+            eps=branch.eps,
+        )
 
     def _run_body(self, number: int, position: int, h: Tensor) -> Tensor:
         """A branch's body on all tokens; an attention that scores are taken from is read while it runs."""
         branch = self._programs[number][position]
-        targets = [index for index in self._indices[number] if index in self._refreshed] if branch.attention and self._score is not None and self._score.taken else []
+        targets = (
+            [index for index in self._indices[number] if index in self._refreshed]
+            if branch.attention and self._score is not None and self._score.taken
+            else []
+        )
         if not targets:
             return _rowwise(self._bodies[number][position](h))
         tap = AttentionTap(f"blocks.{number}.{branch.name}", branch.body)
@@ -186,14 +218,27 @@ class Trunk:
             self._selector.take(index, tap)
         return output
 
-    def _queue_fresh(self, stream: ResidualStream, index: int, feature: Tensor, gate: Tensor | None, row: int | None) -> None:
+    def _queue_fresh(
+        self, stream: ResidualStream, index: int, feature: Tensor, gate: Tensor | None, row: int | None
+    ) -> None:
         if self._own or index in self._refreshed:
-            stream.refresh(self._store.buffer(index, feature, self._step).tensor, feature, None, gate, gate_row=row)
+            stream.refresh(
+                self._store.buffer(index, feature, self._step).tensor, feature, None, gate, gate_row=row
+            )
         else:
             self._store.borrow(index, feature, self._step)
             stream.add(feature, gate, gate_row=row)
 
-    def _queue_refreshed(self, stream: ResidualStream, number: int, position: int, action: Action, vectors: Vectors, gate: Tensor | None, row: int | None) -> None:
+    def _queue_refreshed(
+        self,
+        stream: ResidualStream,
+        number: int,
+        position: int,
+        action: Action,
+        vectors: Vectors,
+        gate: Tensor | None,
+        row: int | None,
+    ) -> None:
         """Recompute the chosen tokens into the stored feature, and queue it."""
         index, branch = self._indices[number][position], self._programs[number][position]
         feature = self._store.feature(index)
@@ -206,12 +251,16 @@ class Trunk:
         fresh = _rowwise(self._bodies[number][position](self._modulated(stream, vectors, branch, choice)))
         stream.refresh(self._store.own(index).tensor, fresh, choice, gate, gate_row=row)
 
-    def _queue_forecast(self, stream: ResidualStream, index: int, order: int, gate: Tensor | None, row: int | None) -> None:
+    def _queue_forecast(
+        self, stream: ResidualStream, index: int, order: int, gate: Tensor | None, row: int | None
+    ) -> None:
         """Queue the forecast as one term per stored feature, weighted on the host."""
         steps = tuple(self._store.steps(index))
         weights = self._memo.get((steps, order))  # the same for most branches of a step
         if weights is None:
-            weights = self._memo[steps, order] = forecast_weights(self._step, steps, min(order, len(steps) - 1))
+            weights = self._memo[steps, order] = forecast_weights(
+                self._step, steps, min(order, len(steps) - 1)
+            )
         for back, weight in enumerate(weights):
             stream.add(self._store.feature(index, back), gate, gate_row=row, weight=weight)
 
@@ -246,7 +295,11 @@ class Trunk:
             self._table = None
         if self._table is not None and self._step == 0:
             self._table.verify(condition)
-        needed = [TRUNK] if self._plan.skip else [index for index, action in enumerate(self._plan.actions) if action.kind is not Kind.COMPUTE]
+        needed = (
+            [TRUNK]
+            if self._plan.skip
+            else [index for index, action in enumerate(self._plan.actions) if action.kind is not Kind.COMPUTE]
+        )
         if not all(self._store.usable(index, x) for index in needed):
             self._plan = full_step(self._layout)
             self._recomputed = True
@@ -265,29 +318,51 @@ class Trunk:
         if self._score.local:
             self._selector.pass_over([index for index, action in wanted.items() if action.tokens == 0])
         else:
-            self._selector.choose_all({index: action.tokens for index, action in wanted.items()}, {index: self._capacity(action) for index, action in wanted.items()}, x)
+            self._selector.choose_all(
+                {index: action.tokens for index, action in wanted.items()},
+                {index: self._capacity(action) for index, action in wanted.items()},
+                x,
+            )
 
     def _vectors(self, number: int, condition: Tensor) -> Vectors:
         if self._table is not None:
-            if self._table_row is None:  # one tensor object for all blocks: their gates are then one packed tensor
+            if (
+                self._table_row is None
+            ):  # one tensor object for all blocks: their gates are then one packed tensor
                 self._table_row = self._table.vectors[self._step]
             return Vectors(table=self._table_row, first=number * self._host.vectors)
         block = self._blocks[number]
-        running = [branch for index, branch in zip(self._indices[number], self._programs[number], strict=True) if self._runs_body(self._plan.actions[index])]
+        running = [
+            branch
+            for index, branch in zip(self._indices[number], self._programs[number], strict=True)
+            if self._runs_body(self._plan.actions[index])
+        ]
         if len(running) == len(self._programs[number]):
             return Vectors(every=self._host.modulation(block, condition))
         bank = self._gates_of_all(condition)
         if bank is None:
-            return Vectors(every=self._host.modulation(block, condition)) if running else Vectors(gates=self._host.gates(block, condition, self._memo))
+            return (
+                Vectors(every=self._host.modulation(block, condition))
+                if running
+                else Vectors(gates=self._host.gates(block, condition, self._memo))
+            )
         banked = self._bank.vectors_held
         first = number * len(banked)
         wanted = [row for branch in running for row in (branch.shift, branch.scale) if row is not None]
         if not wanted:
             return Vectors(bank=bank, banked=banked, first=first)
-        return Vectors(bank=bank, banked=banked, first=first, start=min(wanted), every=self._bank.vectors(number, min(wanted), max(wanted) + 1, condition))
+        return Vectors(
+            bank=bank,
+            banked=banked,
+            first=first,
+            start=min(wanted),
+            every=self._bank.vectors(number, min(wanted), max(wanted) + 1, condition),
+        )
 
     def _gates_of_all(self, condition: Tensor) -> Tensor | None:
-        """Gates of all blocks, which share a condition, made at the first block that asks; None if this block's is another."""
+        """Gates of all blocks, which share a condition, made at the first block that asks; None if this
+        block's is another.
+        """
         known, bank = self._memo.get("bank", (None, None))
         if known is None and len(self._plan.run_blocks) > 1:
             known, bank = self._memo["bank"] = condition, self._bank.gates(condition)

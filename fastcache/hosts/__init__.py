@@ -1,4 +1,5 @@
 """Adapters: how the blocks of a host model are lists of residual branches."""
+
 from torch import nn
 
 from fastcache.errors import HostError
@@ -11,7 +12,10 @@ HOSTS: tuple[type[Host], ...] = (DiTHost,)
 def recognise(model: nn.Module) -> Host:
     """The adapter of a model. Raises HostError naming what was looked for."""
     if hasattr(model, "_orig_mod"):
-        raise HostError("model: this is a torch.compile wrapper; pass the model itself and use accelerate(..., compile=True), which compiles the branch bodies")
+        raise HostError(
+            "model: this is a torch.compile wrapper; pass the model itself and use accelerate(...,"
+            " compile=True), which compiles the branch bodies"
+        )
     reasons = {host.family: host.missing(model) for host in HOSTS}
     for host in HOSTS:
         if not reasons[host.family]:

@@ -1,4 +1,5 @@
 """How a host model is described: its blocks as lists of residual branches."""
+
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ class HostBranch:
 
 @dataclass(frozen=True)
 class GateProjection:
-    """A block's modulation where it is a plain Linear after an activation: `width` rows a vector, gates among them."""
+    """A block's modulation where it is a plain Linear after an activation: `width` rows a vector, gates among
+    them.
+    """
 
     activation: Callable[[Tensor], Tensor]
     linear: nn.Linear
@@ -102,14 +105,23 @@ class Host(abc.ABC):
 def linear_flops(module: nn.Module) -> int:
     """FLOPs per row of every Linear-like leaf in a module (LoRA and quantised layers included)."""
     leaves = (m for m in module.modules() if isinstance(m, nn.Linear) or not any(m.children()))
-    return sum(2 * m.in_features * m.out_features for m in leaves if hasattr(m, "in_features") and hasattr(m, "out_features"))
+    return sum(
+        2 * m.in_features * m.out_features
+        for m in leaves
+        if hasattr(m, "in_features") and hasattr(m, "out_features")
+    )
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True if a module is exactly of `kind`, with plain weights and nothing hooked to its call."""
-    hooked = any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+    hooked = any(
+        getattr(module, hooks)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
     own_forward = "forward" in module.__dict__
-    plain_weights = all(type(parameter) in (nn.Parameter, Tensor) for parameter in module.parameters(recurse=False))
+    plain_weights = all(
+        type(parameter) in (nn.Parameter, Tensor) for parameter in module.parameters(recurse=False)
+    )
     return type(module) is kind and not hooked and not own_forward and plain_weights
 
 
@@ -117,7 +129,7 @@ def unknown_model(model: nn.Module, reasons: dict[str, list[str]]) -> HostError:
     """The error for a model that no adapter recognises."""
     looked = "; ".join(f"{family} needs {', '.join(missing)}" for family, missing in reasons.items())
     return HostError(
-        f"{type(model).__name__} is not a model that FastCache knows: {looked}. Write an adapter: subclass fastcache.hosts.Host "
-        "(see fastcache/hosts/dit.py, 100 lines) and pass it as accelerate(..., host=MyHost), or use fastcache.ResidualStream in the model itself"
+        f"{type(model).__name__} is not a model that FastCache knows: {looked}. Write an adapter: subclass"
+        " fastcache.hosts.Host (see fastcache/hosts/dit.py, 100 lines) and pass it as accelerate(...,"
+        " host=MyHost), or use fastcache.ResidualStream in the model itself"
     )
-

@@ -4,6 +4,7 @@ Recognises the original's structure whoever wrote the class: `blocks[i]` with `n
 `norm2`, `mlp` and `adaLN_modulation`, whose output holds shift, scale and gate of the attention
 and then of the MLP.
 """
+
 from typing import Any
 
 import torch.nn.functional as F
@@ -29,9 +30,15 @@ class DiTHost(Host):
         blocks = getattr(model, "blocks", None)
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             return ["a non-empty ModuleList `blocks`"]
-        absent = [part for part in BLOCK_PARTS if any(not isinstance(getattr(block, part, None), nn.Module) for block in blocks)]
+        absent = [
+            part
+            for part in BLOCK_PARTS
+            if any(not isinstance(getattr(block, part, None), nn.Module) for block in blocks)
+        ]
         found = [f"blocks[i].{part}" for part in absent]
-        if not absent and any(not isinstance(norm, nn.LayerNorm) for block in blocks for norm in (block.norm1, block.norm2)):
+        if not absent and any(
+            not isinstance(norm, nn.LayerNorm) for block in blocks for norm in (block.norm1, block.norm2)
+        ):
             found.append("LayerNorm as blocks[i].norm1 and .norm2")
         if not isinstance(getattr(model, "final_layer", None), nn.Module):
             found.append("final_layer")
@@ -43,7 +50,18 @@ class DiTHost(Host):
 
     def branches(self, block: nn.Module) -> tuple[HostBranch, ...]:
         return tuple(
-            HostBranch(name, getattr(block, name), first, first + 1, first + 2, Norm.LAYER, norm.eps, norm.weight, norm.bias, attention=name == "attn")
+            HostBranch(
+                name,
+                getattr(block, name),
+                first,
+                first + 1,
+                first + 2,
+                Norm.LAYER,
+                norm.eps,
+                norm.weight,
+                norm.bias,
+                attention=name == "attn",
+            )
             for name, norm, first in (("attn", block.norm1, 0), ("mlp", block.norm2, 3))
         )
 
@@ -55,14 +73,30 @@ class DiTHost(Host):
             table = getattr(self.model, "pos_embed", None)
             tokens = table.shape[1] if isinstance(table, Tensor) else 0
         branches = tuple(
-            branch for index, block in enumerate(blocks)
-            for branch in (Branch(index, "attn", linear_flops(block.attn), 4 * width), Branch(index, "mlp", linear_flops(block.mlp)))
+            branch
+            for index, block in enumerate(blocks)
+            for branch in (
+                Branch(index, "attn", linear_flops(block.attn), 4 * width),
+                Branch(index, "mlp", linear_flops(block.mlp)),
+            )
         )
         heads = getattr(blocks[0].attn, "num_heads", getattr(blocks[0].attn, "heads", 1))
-        return Layout(self.family, tokens, width, int(heads), branches, self._fixed_flops(tokens), linear_flops(blocks[0].adaLN_modulation))
+        return Layout(
+            self.family,
+            tokens,
+            width,
+            int(heads),
+            branches,
+            self._fixed_flops(tokens),
+            linear_flops(blocks[0].adaLN_modulation),
+        )
 
     def _fixed_flops(self, tokens: int) -> int:
-        total = linear_flops(self.model.final_layer.adaLN_modulation) if hasattr(self.model.final_layer, "adaLN_modulation") else 0
+        total = (
+            linear_flops(self.model.final_layer.adaLN_modulation)
+            if hasattr(self.model.final_layer, "adaLN_modulation")
+            else 0
+        )
         total += tokens * linear_flops(getattr(self.model.final_layer, "linear", nn.Identity()))
         if isinstance(getattr(self.model, "t_embedder", None), nn.Module):
             total += linear_flops(self.model.t_embedder)
@@ -74,7 +108,10 @@ class DiTHost(Host):
             return args
         named = {**dict(zip(("x", "c"), args)), **kwargs}
         if set(named) != {"x", "c"}:
-            raise HostError(f"DiT block: expected forward(x, c), got {len(args)} positional arguments and {sorted(kwargs)}")
+            raise HostError(
+                f"DiT block: expected forward(x, c), got {len(args)} positional arguments and"
+                f" {sorted(kwargs)}"
+            )
         return named["x"], named["c"]
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -85,7 +122,12 @@ class DiTHost(Host):
 
     def gate_projection(self, block: nn.Module) -> GateProjection | None:
         projection = block.adaLN_modulation
-        if not (is_plain(projection, nn.Sequential) and len(projection) == 2 and is_plain(projection[0], nn.SiLU) and is_plain(projection[1], nn.Linear)):
+        if not (
+            is_plain(projection, nn.Sequential)
+            and len(projection) == 2
+            and is_plain(projection[0], nn.SiLU)
+            and is_plain(projection[1], nn.Linear)
+        ):
             return None
         return GateProjection(F.silu, projection[1], GATES, projection[1].weight.shape[0] // self.vectors)
 
@@ -102,10 +144,19 @@ class DiTHost(Host):
 
     def step_conditions(self, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         if set(conditions) != {"y"}:
-            raise SessionError(f"conditions: a DiT is conditioned on y, expected {{'y': labels [B]}}, got {sorted(conditions)}")
-        absent = [name for name in ("t_embedder", "y_embedder") if not isinstance(getattr(self.model, name, None), nn.Module)]
+            raise SessionError(
+                "conditions: a DiT is conditioned on y, expected {'y': labels [B]}, got"
+                f" {sorted(conditions)}"
+            )
+        absent = [
+            name
+            for name in ("t_embedder", "y_embedder")
+            if not isinstance(getattr(self.model, name, None), nn.Module)
+        ]
         if absent:
-            raise SessionError(f"conditions: this DiT has no {' and '.join(absent)}; begin without timesteps and conditions")
+            raise SessionError(
+                f"conditions: this DiT has no {' and '.join(absent)}; begin without timesteps and conditions"
+            )
         device = next(self.model.parameters()).device
         y = conditions["y"].to(device)
         # one call for all steps: [S] timesteps, then [B] labels, broadcast to [S, B, D]
@@ -123,7 +174,11 @@ def _embed_labels(embedder: nn.Module, y: Tensor) -> Tensor:
 
 
 def _last_linear(module: nn.Module) -> nn.Linear:
-    found = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features") and m.out_features % DiTHost.vectors == 0]
+    found = [
+        m
+        for m in module.modules()
+        if hasattr(m, "in_features") and hasattr(m, "out_features") and m.out_features % DiTHost.vectors == 0
+    ]
     if not found:
         raise HostError("blocks[0].adaLN_modulation: expected a Linear with 6 x width outputs")
     return max(found, key=lambda m: m.out_features)

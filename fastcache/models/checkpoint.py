@@ -1,4 +1,5 @@
 """Reading and writing DiT weights: the family's `.pt` files, and `.safetensors` with its configuration."""
+
 import json
 import math
 import pickle
@@ -51,7 +52,9 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     with needs_extra("demo"):
         from safetensors.torch import save_file
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
-    save_file(tensors, path, metadata={**checkpoint.metadata, "config": json.dumps(asdict(checkpoint.config))})
+    save_file(
+        tensors, path, metadata={**checkpoint.metadata, "config": json.dumps(asdict(checkpoint.config))}
+    )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -100,5 +103,6 @@ def _published_heads(depth: int, hidden_size: int, path: Path) -> int:
         if (preset.depth, preset.hidden_size) == (depth, hidden_size):
             return preset.num_heads
     raise ValueError(
-        f"num_heads: {path} has depth {depth} and hidden_size {hidden_size}, which is no published size; pass num_heads"
+        f"num_heads: {path} has depth {depth} and hidden_size {hidden_size}, which is no published size; pass"
+        " num_heads"
     )

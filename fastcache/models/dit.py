@@ -3,6 +3,7 @@
 Source of the equations: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2022),
 section 3.2. The state dict has the DiT family's keys, so its published checkpoints load.
 """
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,15 +32,29 @@ class DiTConfig:
     learn_sigma: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "num_classes",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.input_size % self.patch_size:
-            raise ValueError(f"input_size: expected a multiple of patch_size {self.patch_size}, got {self.input_size}")
+            raise ValueError(
+                f"input_size: expected a multiple of patch_size {self.patch_size}, got {self.input_size}"
+            )
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_heads}")
+            raise ValueError(
+                f"num_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_heads}"
+            )
         if self.hidden_size % 4:
-            raise ValueError(f"hidden_size: expected a multiple of 4 (sin and cos of two axes), got {self.hidden_size}")
+            raise ValueError(
+                f"hidden_size: expected a multiple of 4 (sin and cos of two axes), got {self.hidden_size}"
+            )
 
     @property
     def grid(self) -> int:
@@ -64,7 +79,12 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     f"DiT-{size}/{patch_size}": Preset(depth, hidden_size, num_heads, patch_size)
-    for size, depth, hidden_size, num_heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16))
+    for size, depth, hidden_size, num_heads in (
+        ("S", 12, 384, 6),
+        ("B", 12, 768, 12),
+        ("L", 24, 1024, 16),
+        ("XL", 28, 1152, 16),
+    )
     for patch_size in (2, 4, 8)
 }
 
@@ -89,7 +109,15 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = DiTConfig(
-            input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma
+            input_size,
+            patch_size,
+            in_channels,
+            hidden_size,
+            depth,
+            num_heads,
+            mlp_ratio,
+            num_classes,
+            learn_sigma,
         )
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -181,7 +209,9 @@ class DiT(nn.Module):
             raise ValueError(f"x: expected [B, {channels}, {side}, {side}], got {list(x.shape)}")
         for name, vector in (("t", t), ("y", y)):
             if vector.shape != x.shape[:1]:
-                raise ValueError(f"{name}: expected [{len(x)}], one for each row of x, got {list(vector.shape)}")
+                raise ValueError(
+                    f"{name}: expected [{len(x)}], one for each row of x, got {list(vector.shape)}"
+                )
 
     def _unpatch(self, tokens: Tensor) -> Tensor:
         """[B, N, p * p * C], per token (p_row, p_col, channel) -> [B, C, S, S]."""
@@ -223,7 +253,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over all tokens, [B, N, D] -> [B, N, D]; qkv is split q, k, v, head-major."""
+    """softmax(q k^T / sqrt(d)) v over all tokens, [B, N, D] -> [B, N, D]; qkv is split q, k, v,
+    head-major.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()

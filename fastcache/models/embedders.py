@@ -1,4 +1,5 @@
 """What a DiT adds up before its first block: patches, positions, the timestep and the label."""
+
 import math
 
 import torch
@@ -26,7 +27,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         exponent = torch.arange(FREQUENCIES, device=t.device, dtype=torch.float32) / FREQUENCIES
@@ -48,7 +51,8 @@ class LabelEmbedder(nn.Module):
             return self.embedding_table(y)
         except IndexError as error:
             raise IndexError(
-                f"y: labels must lie in 0..{self.num_classes} ({self.num_classes} means no class), got {y.tolist()}"
+                f"y: labels must lie in 0..{self.num_classes} ({self.num_classes} means no class), got"
+                f" {y.tolist()}"
             ) from error
 
 

@@ -1,4 +1,5 @@
 """The residual stream operators: add pending features, and prepare the next body's input."""
+
 import enum
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,15 +71,35 @@ def residual_update(
     Raises ValueError, TypeError, IndexError or RuntimeError naming the argument; RuntimeError if
     an input requires grad in grad mode. A GPU cannot raise for an index out of range: a gate that does
     not exist counts as NaN, a slot that does not exist as -1, memory outside is never touched, and
-    `fastcache.backends.take_index_errors(device)` names the argument. Source: adaLN-Zero blocks (DiT) and their caching methods.
+    `fastcache.backends.take_index_errors(device)` names the argument.
+    Source: adaLN-Zero blocks (DiT) and their caching methods.
     """
     features = [features] if isinstance(features, Tensor) else list(features)
-    args = (x, features, gates, gate_index, weights, scales, int(norm), shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
+    args = (
+        x,
+        features,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        int(norm),
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        eps,
+        row_slots,
+        row_count,
+        reference,
+        need_x,
+    )
     if torch.compiler.is_compiling():
         outputs = backends.traced(x.dtype).residual_update(*args)
     else:
         if torch.is_grad_enabled():
-            refuse_grad((x, *features, gates, weights, scales, shift, scale, norm_weight, norm_bias, reference))
+            refuse_grad(
+                (x, *features, gates, weights, scales, shift, scale, norm_weight, norm_bias, reference)
+            )
         outputs = backends.choose(x.device, x.dtype).residual_update(*args)
     return _named(outputs, norm, reference, need_x)
 
@@ -117,16 +138,55 @@ def residual_update_scatter_(
     All other arguments, outputs and errors as in `residual_update`.
     """
     features = [features] if isinstance(features, Tensor) else list(features)
-    args = (x, slot, fresh, fresh_slots, features, position, slot_scale, gates, gate_index, weights, scales, int(norm), shift, scale, norm_weight, norm_bias, eps, row_slots, row_count, reference, need_x)
+    args = (
+        x,
+        slot,
+        fresh,
+        fresh_slots,
+        features,
+        position,
+        slot_scale,
+        gates,
+        gate_index,
+        weights,
+        scales,
+        int(norm),
+        shift,
+        scale,
+        norm_weight,
+        norm_bias,
+        eps,
+        row_slots,
+        row_count,
+        reference,
+        need_x,
+    )
     if torch.compiler.is_compiling():
         outputs = backends.traced(x.dtype).residual_update_scatter_(*args)
     else:
         if torch.is_grad_enabled():
-            refuse_grad((x, slot, fresh, *features, gates, weights, scales, shift, scale, norm_weight, norm_bias, reference))
+            refuse_grad(
+                (
+                    x,
+                    slot,
+                    fresh,
+                    *features,
+                    gates,
+                    weights,
+                    scales,
+                    shift,
+                    scale,
+                    norm_weight,
+                    norm_bias,
+                    reference,
+                )
+            )
         outputs = backends.choose(x.device, x.dtype).residual_update_scatter_(*args)
     return _named(outputs, norm, reference, need_x)
 
 
-def _named(outputs: tuple[Tensor, Tensor, Tensor], norm: int, reference: Tensor | None, need_x: bool) -> ResidualUpdate:
+def _named(
+    outputs: tuple[Tensor, Tensor, Tensor], norm: int, reference: Tensor | None, need_x: bool
+) -> ResidualUpdate:
     x, h, errors = outputs
     return ResidualUpdate(x if need_x else None, h if norm else None, None if reference is None else errors)

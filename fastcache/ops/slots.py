@@ -1,11 +1,11 @@
 """Slot maps: which tokens a packed block of rows belongs to."""
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastcache.backends.index_flags import error_flag
-
 
 BAD_INDEX = 8  # bit of the sticky flag
 
@@ -53,5 +53,5 @@ def slot_map(index: Tensor, tokens: int) -> SlotMap:
 def flag_bad_index(index: Tensor, named: Tensor, found: SlotMap, flag: Tensor) -> None:
     """Set a bit of `flag` [1], on the device, if an index is out of range or a token is named twice."""
     outside = ((index != -1) & ~named).any()
-    twice = ((found.slots >= 0).sum() != named.sum())
+    twice = (found.slots >= 0).sum() != named.sum()
     flag.bitwise_or_((outside | twice).to(torch.int32) * BAD_INDEX)

@@ -1,4 +1,5 @@
 """Operators of token-wise refresh: score tokens, and choose which are recomputed."""
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,13 +11,26 @@ from fastcache.backends.library import refuse_grad
 
 
 class TokenChoice(NamedTuple):
-    """slots [R, N] int32: row of the packed block or -1. index [R, capacity] int32: chosen tokens, ascending, then -1."""
+    """slots [R, N] int32: row of the packed block or -1. index [R, capacity] int32: chosen tokens, ascending,
+    then -1.
+    """
 
     slots: Tensor
     index: Tensor
 
 
-def select_tokens_(score: Tensor, age: Tensor, counts: Tensor, capacity: int, *, age_weight: float = 0.0, normalize: bool = True, width: int = 0, cell: int = 0, bonus: float = 0.0) -> TokenChoice:
+def select_tokens_(
+    score: Tensor,
+    age: Tensor,
+    counts: Tensor,
+    capacity: int,
+    *,
+    age_weight: float = 0.0,
+    normalize: bool = True,
+    width: int = 0,
+    cell: int = 0,
+    bonus: float = 0.0,
+) -> TokenChoice:
     """Choose counts[r] tokens of every row, and update the ages in place, in one launch without a sort.
 
     Args:

@@ -1,4 +1,5 @@
 """Checks every operator and backend of this machine against the definition in float64."""
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -7,7 +8,17 @@ from torch import Tensor
 
 from fastcache import backends
 from fastcache.backends import eager
-from fastcache.ops import Norm, attention_received, relative_error, residual_update, residual_update_scatter_, row_score, select_tokens_, slot_map, value_norm
+from fastcache.ops import (
+    Norm,
+    attention_received,
+    relative_error,
+    residual_update,
+    residual_update_scatter_,
+    row_score,
+    select_tokens_,
+    slot_map,
+    value_norm,
+)
 
 B, N, D, TERMS, ROWS = 2, 96, 328, 5, 37  # D: no multiple of a 512-bit vector of any dtype
 HEADS, HEAD = 3, 72
@@ -39,7 +50,9 @@ class Form:
 
 def verify(device: torch.device) -> Iterator[Verdict]:
     """Run every form of every operator on every backend of `device` that has it."""
-    names = [name for name in backends.ORDER.get(device.type, ("eager",)) if backends.status()[name].available]
+    names = [
+        name for name in backends.ORDER.get(device.type, ("eager",)) if backends.status()[name].available
+    ]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for title, form in FORMS.items():
             operator = form.operator.__name__
@@ -68,11 +81,16 @@ def _outputs(operator: Callable, arguments: dict, backend: str) -> list[Tensor]:
 
 def _rms(found: list[Tensor], wide: list[Tensor]) -> float:
     """RMS error relative to the reference's own RMS, over all outputs together."""
-    error = sum(float((a.double() - b.double()).square().sum() / b.double().square().mean().clamp(min=1e-30)) for a, b in zip(found, wide, strict=True))
+    error = sum(
+        float((a.double() - b.double()).square().sum() / b.double().square().mean().clamp(min=1e-30))
+        for a, b in zip(found, wide, strict=True)
+    )
     return (error / sum(b.numel() for b in wide)) ** 0.5
 
 
-def _random(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, wide: bool) -> Tensor:
+def _random(
+    seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, wide: bool
+) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return (values.double() if wide else values).to(device)
 
@@ -80,7 +98,12 @@ def _random(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 def _update(dtype: torch.dtype, device: torch.device, wide: bool, **more: object) -> dict:
     make = lambda seed, *shape: _random(seed, shape, dtype, device, wide)  # noqa: E731
     index = torch.tensor([4, -1, 0, 2, 5], dtype=torch.int32, device=device)
-    arguments = dict(x=make(0, B, N, D), features=[make(10 + j, B, N, D) for j in range(TERMS)], gates=make(1, 6, B, D), gate_index=index)
+    arguments = dict(
+        x=make(0, B, N, D),
+        features=[make(10 + j, B, N, D) for j in range(TERMS)],
+        gates=make(1, 6, B, D),
+        gate_index=index,
+    )
     return {**arguments, **more}
 
 
@@ -115,13 +138,23 @@ def _errors(dtype, device, wide):
 
 
 def _store(dtype, device, wide):
-    return {**_scattered(dtype, device, wide), "fresh": _random(5, (B, N, D), dtype, device, wide), "fresh_slots": None}
+    return {
+        **_scattered(dtype, device, wide),
+        "fresh": _random(5, (B, N, D), dtype, device, wide),
+        "fresh_slots": None,
+    }
 
 
 def _scattered(dtype, device, wide):
     arguments = _update(dtype, device, wide)
     arguments["gate_index"] = torch.tensor([4, -1, 0, 2, 5, 1], dtype=torch.int32, device=device)
-    return {**arguments, "slot": _random(4, (B, N, D), dtype, device, wide), "fresh": _random(5, (B, ROWS, D), dtype, device, wide), "fresh_slots": _slots(device), "position": 2}
+    return {
+        **arguments,
+        "slot": _random(4, (B, N, D), dtype, device, wide),
+        "fresh": _random(5, (B, ROWS, D), dtype, device, wide),
+        "fresh_slots": _slots(device),
+        "position": 2,
+    }
 
 
 def _slots(device: torch.device) -> Tensor:
@@ -132,10 +165,22 @@ def _slots(device: torch.device) -> Tensor:
 
 def _selection(dtype, device, wide):
     """Scores that are far apart, in a random order: float32 and float64 must choose the same tokens."""
-    order = torch.stack([torch.randperm(4 * N, generator=torch.Generator().manual_seed(row)) for row in range(B)])
+    order = torch.stack(
+        [torch.randperm(4 * N, generator=torch.Generator().manual_seed(row)) for row in range(B)]
+    )
     age = torch.arange(4 * N, dtype=torch.int32, device=device).remainder(3).expand(B, -1).contiguous()
     counts = torch.tensor([ROWS, 3 * N], dtype=torch.int32, device=device)
-    return dict(score=order.to(device, torch.float64 if wide else torch.float32), age=age, counts=counts, capacity=3 * N, age_weight=64.25, normalize=False, width=16, cell=2, bonus=0.75)
+    return dict(
+        score=order.to(device, torch.float64 if wide else torch.float32),
+        age=age,
+        counts=counts,
+        capacity=3 * N,
+        age_weight=64.25,
+        normalize=False,
+        width=16,
+        cell=2,
+        bonus=0.75,
+    )
 
 
 def _norms(dtype, device, wide):
@@ -143,7 +188,9 @@ def _norms(dtype, device, wide):
 
 
 def _distances(dtype, device, wide):
-    return dict(x=_random(0, (B, N, D), dtype, device, wide), reference=_random(1, (B, N, D), dtype, device, wide))
+    return dict(
+        x=_random(0, (B, N, D), dtype, device, wide), reference=_random(1, (B, N, D), dtype, device, wide)
+    )
 
 
 def _values(dtype, device, wide):
@@ -151,7 +198,10 @@ def _values(dtype, device, wide):
 
 
 def _attention(dtype, device, wide):
-    return dict(q=_random(0, (B, HEADS, N, HEAD), dtype, device, wide), k=_random(1, (B, HEADS, ROWS, HEAD), dtype, device, wide))
+    return dict(
+        q=_random(0, (B, HEADS, N, HEAD), dtype, device, wide),
+        k=_random(1, (B, HEADS, ROWS, HEAD), dtype, device, wide),
+    )
 
 
 def _attention_with_sums(dtype, device, wide):
@@ -161,7 +211,9 @@ def _attention_with_sums(dtype, device, wide):
 
 
 def _calibration(dtype, device, wide):
-    make = lambda seed, count: [_random(seed + j, (B, N, D), dtype, device, wide) for j in range(count)]  # noqa: E731
+    def make(seed: int, count: int) -> list[Tensor]:
+        return [_random(seed + j, (B, N, D), dtype, device, wide) for j in range(count)]
+
     return dict(newest=make(0, 4), earlier=make(100, 12))
 
 

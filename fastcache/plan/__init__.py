@@ -1,1 +1,3 @@
-"""What every step, branch and layer does: tables, no tensors. Imports nothing else of the package but errors."""
+"""What every step, branch and layer does: tables, no tensors. Imports nothing else of the package but
+errors.
+"""

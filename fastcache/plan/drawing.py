@@ -1,4 +1,5 @@
 """Pictures of schedules."""
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,15 +27,33 @@ def draw_schedules(schedules: Mapping[str, "Schedule"], path: str | Path) -> Non
     figure = Figure(figsize=(10, sum(rows)), layout="constrained")
     axes = figure.subplots(len(schedules), 1, squeeze=False, gridspec_kw={"height_ratios": rows})[:, 0]
     for axis, (name, schedule) in zip(axes, schedules.items(), strict=True):
-        cells = [[to_rgb(_colour(step, action, schedule.layout.tokens)) for step in schedule.steps for action in (step.actions[row],)] for row in range(len(schedule.layout.branches))]
+        cells = [
+            [
+                to_rgb(_colour(step, action, schedule.layout.tokens))
+                for step in schedule.steps
+                for action in (step.actions[row],)
+            ]
+            for row in range(len(schedule.layout.branches))
+        ]
         axis.imshow(cells, aspect="auto", interpolation="nearest")
         kinds = ", ".join(f"{count} {kind}" for kind, count in schedule.kinds().items())
-        axis.set_title(f"{name}: {kinds}; ideal speedup {schedule.ideal_speedup():.2f}x", fontsize=10, loc="left")
+        axis.set_title(
+            f"{name}: {kinds}; ideal speedup {schedule.ideal_speedup():.2f}x", fontsize=10, loc="left"
+        )
         stride = max(1, len(schedule.layout.branches) // 12)
-        axis.set_yticks(range(0, len(schedule.layout.branches), stride), [f"{branch.name} {branch.block}" for branch in schedule.layout.branches][::stride], fontsize=6)
+        axis.set_yticks(
+            range(0, len(schedule.layout.branches), stride),
+            [f"{branch.name} {branch.block}" for branch in schedule.layout.branches][::stride],
+            fontsize=6,
+        )
         axis.set_xlabel("step (execution order)", fontsize=8)
     entries = dict.fromkeys(entry for schedule in schedules.values() for entry in _legend(schedule))
-    figure.legend(handles=[Patch(facecolor=colour, edgecolor="#888888", label=label) for label, colour in entries], loc="outside lower center", ncols=len(entries), fontsize=8)
+    figure.legend(
+        handles=[Patch(facecolor=colour, edgecolor="#888888", label=label) for label, colour in entries],
+        loc="outside lower center",
+        ncols=len(entries),
+        fontsize=8,
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -49,8 +68,13 @@ def _colour(step: "StepPlan", action: "Action", tokens: int) -> str:
 
 
 def _shade(share: float) -> str:
-    """The colour of refreshing this share of the tokens. Rises as the square root: small shares are told apart."""
-    mixed = [round(int(few, 16) + (int(many, 16) - int(few, 16)) * min(share, 1.0) ** 0.5) for few, many in ((FEWEST[i : i + 2], MOST[i : i + 2]) for i in (1, 3, 5))]
+    """The colour of refreshing this share of the tokens. Rises as the square root: small shares are told
+    apart.
+    """
+    mixed = [
+        round(int(few, 16) + (int(many, 16) - int(few, 16)) * min(share, 1.0) ** 0.5)
+        for few, many in ((FEWEST[i : i + 2], MOST[i : i + 2]) for i in (1, 3, 5))
+    ]
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
@@ -58,6 +82,14 @@ def _legend(schedule: "Schedule") -> list[tuple[str, str]]:
     """(label, colour) of what the schedule has; of its refreshes the smallest and the largest."""
     codes = {_code(step, action) for step in schedule.steps for action in step.actions}
     entries = [(label, COLOURS[code]) for code, label in LABELS.items() if code in codes]
-    counts = [action.tokens for step in schedule.steps for action in step.actions if action.tokens is not None]
+    counts = [
+        action.tokens for step in schedule.steps for action in step.actions if action.tokens is not None
+    ]
     extremes = sorted({min(counts), max(counts)}) if counts else []
-    return entries + [(f"refresh {count} of {schedule.layout.tokens} tokens", _shade(count / max(1, schedule.layout.tokens))) for count in extremes]
+    return entries + [
+        (
+            f"refresh {count} of {schedule.layout.tokens} tokens",
+            _shade(count / max(1, schedule.layout.tokens)),
+        )
+        for count in extremes
+    ]

@@ -6,6 +6,7 @@ of the last order + 1 features, so nothing but the features has to be kept, and 
 nothing. Backward differences are not derivatives: beyond linear features the forecast is not exact
 (for F(s) = s^2 and full steps N apart, order 2 is off by -N k after k steps), as in the original.
 """
+
 from collections.abc import Sequence
 
 
@@ -16,7 +17,9 @@ def forecast_weights(step: int, stored: Sequence[int], order: int) -> tuple[floa
     are kept, newest first; at least order + 1 of them. Raises ValueError naming the argument.
     """
     if order < 0 or len(stored) <= order:
-        raise ValueError(f"order: expected 0..{len(stored) - 1} with {len(stored)} stored features, got {order}")
+        raise ValueError(
+            f"order: expected 0..{len(stored) - 1} with {len(stored)} stored features, got {order}"
+        )
     if any(newer <= older for newer, older in zip((step, *stored), stored)):
         raise ValueError(f"stored: expected steps before {step}, newest first, got {list(stored)}")
     # differences[j]: D_m at the j-th newest full step, as weights of the features
@@ -25,7 +28,10 @@ def forecast_weights(step: int, stored: Sequence[int], order: int) -> tuple[floa
     factor = 1.0
     for m in range(1, order + 1):
         differences = [
-            [(new - old) / (stored[j] - stored[j + 1]) for new, old in zip(differences[j], differences[j + 1], strict=True)]
+            [
+                (new - old) / (stored[j] - stored[j + 1])
+                for new, old in zip(differences[j], differences[j + 1], strict=True)
+            ]
             for j in range(order + 1 - m)
         ]
         factor *= (step - stored[0]) / m

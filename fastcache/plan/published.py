@@ -1,9 +1,11 @@
-"""SmoothCache's published schedule form, {"attn": [1, 0, ...], "mlp-3": [...]} with 1 = compute (spec section 4.2).
+"""SmoothCache's published schedule form, {"attn": [1, 0, ...], "mlp-3": [...]} with 1 = compute (spec section
+4.2).
 
 A key is a branch name, or a name and a block index, which wins; a branch without a key always
 computes. SmoothCache's own reader looks keys up by component name and never lists them, so the
 extra entry `FINGERPRINT`, which says what a schedule was made for, is invisible to it.
 """
+
 import hashlib
 import json
 import numbers
@@ -39,16 +41,29 @@ class Fingerprint:
             fields = dict(found)  # type: ignore[call-overload]
             return Fingerprint(**{**fields, "names": tuple(fields["names"])})
         except (TypeError, ValueError, KeyError) as error:
-            raise ScheduleError(f"schedule: the entry {FINGERPRINT!r} is not a fingerprint ({error}); remove it to use the schedule unchecked") from None
+            raise ScheduleError(
+                f"schedule: the entry {FINGERPRINT!r} is not a fingerprint ({error}); remove it to use the"
+                " schedule unchecked"
+            ) from None
 
     def check(self, layout: Layout, num_steps: int, scheduler: str | None = None) -> None:
         """ScheduleError naming every way in which a model and sampler differ from those calibrated."""
-        pairs = [("family", self.family, layout.family), ("layers", self.layers, layout.depth), ("branches", self.names, layout.names), ("steps", self.num_steps, num_steps)]
+        pairs = [
+            ("family", self.family, layout.family),
+            ("layers", self.layers, layout.depth),
+            ("branches", self.names, layout.names),
+            ("steps", self.num_steps, num_steps),
+        ]
         if scheduler is not None and self.scheduler is not None:
             pairs.append(("scheduler", self.scheduler, scheduler))
-        differing = [f"{name} {_text(made)}, used with {_text(used)}" for name, made, used in pairs if made != used]
+        differing = [
+            f"{name} {_text(made)}, used with {_text(used)}" for name, made, used in pairs if made != used
+        ]
         if differing:
-            raise ScheduleError(f"schedule: it was calibrated for {'; '.join(differing)}. Calibrate again with fastcache.calibrate")
+            raise ScheduleError(
+                f"schedule: it was calibrated for {'; '.join(differing)}. Calibrate again with"
+                " fastcache.calibrate"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,13 +81,24 @@ class PublishedSchedule:
         if isinstance(source, (str, Path)):
             source = _parsed(source)
         if not isinstance(source, Mapping):
-            raise ScheduleError(f'schedule: expected {{"attn": [1, 0, ...], ...}}, JSON of it or a path, got {type(source).__name__}')
-        entries = tuple((str(key), _flags(key, values)) for key, values in source.items() if key != FINGERPRINT)
+            raise ScheduleError(
+                'schedule: expected {"attn": [1, 0, ...], ...}, JSON of it or a path, got'
+                f" {type(source).__name__}"
+            )
+        entries = tuple(
+            (str(key), _flags(key, values)) for key, values in source.items() if key != FINGERPRINT
+        )
         if not entries:
-            raise ScheduleError("schedule: expected at least one key such as 'attn' or 'attn-0', got none: nothing would be cached")
+            raise ScheduleError(
+                "schedule: expected at least one key such as 'attn' or 'attn-0', got none: nothing would be"
+                " cached"
+            )
         lengths = {len(flags) for _, flags in entries}
         if len(lengths) > 1 or 0 in lengths:
-            raise ScheduleError(f"schedule: expected lists of one length, the number of steps, got lengths {', '.join(f'{key}: {len(flags)}' for key, flags in entries)}")
+            raise ScheduleError(
+                "schedule: expected lists of one length, the number of steps, got lengths"
+                f" {', '.join(f'{key}: {len(flags)}' for key, flags in entries)}"
+            )
         fingerprint = Fingerprint.from_dict(source[FINGERPRINT]) if FINGERPRINT in source else None
         return PublishedSchedule(entries, fingerprint)
 
@@ -96,25 +122,43 @@ class PublishedSchedule:
         unknown = [key for key in self._by_key if key not in allowed]
         if unknown:
             names = ", ".join(dict.fromkeys(name for name, _ in pairs))
-            shown = ", ".join(repr(key) for key in unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+            shown = ", ".join(repr(key) for key in unknown[:4]) + (
+                f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+            )
             first, last = (f"{pairs[index][0]}-{pairs[index][1]}" for index in (0, -1))
-            raise ScheduleError(f"schedule: key {shown} matches no branch of {host}, which has {names} ({first} to {last}); rename the key or remove it")
+            raise ScheduleError(
+                f"schedule: key {shown} matches no branch of {host}, which has {names} ({first} to {last});"
+                " rename the key or remove it"
+            )
 
     def rows(self, layout: Layout, num_steps: int) -> list[tuple[int, ...]]:
-        """0 or 1 per step for every branch of a layout. Step 0 is 1 whatever the file says: nothing is stored yet."""
+        """0 or 1 per step for every branch of a layout. Step 0 is 1 whatever the file says: nothing is stored
+        yet.
+        """
         if self.fingerprint is not None:
             self.fingerprint.check(layout, num_steps)
         if num_steps != self.num_steps:
-            raise ScheduleError(f"num_steps: the schedule has {self.num_steps} steps, got {num_steps}; use one that was made for {num_steps} steps")
-        self.require_branches(((branch.name, branch.block) for branch in layout.branches), f"this {layout.family}")
-        return [(1, *(self.flags(branch.name, branch.block) or (1,) * num_steps)[1:]) for branch in layout.branches]
+            raise ScheduleError(
+                f"num_steps: the schedule has {self.num_steps} steps, got {num_steps}; use one that was made"
+                f" for {num_steps} steps"
+            )
+        self.require_branches(
+            ((branch.name, branch.block) for branch in layout.branches), f"this {layout.family}"
+        )
+        return [
+            (1, *(self.flags(branch.name, branch.block) or (1,) * num_steps)[1:])
+            for branch in layout.branches
+        ]
 
     def describe(self) -> str:
         """Short text that tells schedules apart: computed steps per key, and a digest."""
         digest = hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()[:8]
         counts = ", ".join(f"{key} {sum(flags)}/{len(flags)}" for key, flags in self.entries)
         if len(self.entries) > 4:
-            counts = f"{len(self.entries)} keys {sum(sum(flags) for _, flags in self.entries)}/{len(self.entries) * self.num_steps}"
+            counts = (
+                f"{len(self.entries)} keys"
+                f" {sum(sum(flags) for _, flags in self.entries)}/{len(self.entries) * self.num_steps}"
+            )
         return f"{counts} ({digest})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,23 +178,37 @@ class PublishedSchedule:
         Path(path).write_text(self.to_json())
 
 
-def plan_from_rows(layout: Layout, rows: Sequence[Sequence[int]], policy: str, fields: dict[str, Any]) -> Schedule:
+def plan_from_rows(
+    layout: Layout, rows: Sequence[Sequence[int]], policy: str, fields: dict[str, Any]
+) -> Schedule:
     """The Schedule that computes branch b at step s where rows[b][s] is 1, and reuses elsewhere."""
-    steps = tuple(StepPlan(layout, tuple(COMPUTE if flag else REUSE for flag in column)) for column in zip(*rows, strict=True))
+    steps = tuple(
+        StepPlan(layout, tuple(COMPUTE if flag else REUSE for flag in column))
+        for column in zip(*rows, strict=True)
+    )
     return Schedule(layout, steps, policy, fields)
 
 
 def publish(schedule: Schedule) -> PublishedSchedule:
-    """A schedule of COMPUTE and REUSE in the published form: a key per name whose blocks agree, else one per block."""
+    """A schedule of COMPUTE and REUSE in the published form: a key per name whose blocks agree, else one per
+    block.
+    """
     rows: dict[str, dict[int, tuple[int, ...]]] = {}
     for index, branch in enumerate(schedule.layout.branches):
         flags = tuple(_flag(step, index, number) for number, step in enumerate(schedule.steps))
         if rows.setdefault(branch.name, {}).setdefault(branch.block, flags) != flags:
-            raise ScheduleError(f"schedule: block {branch.block} has several branches {branch.name} that differ, which the published form cannot say")
+            raise ScheduleError(
+                f"schedule: block {branch.block} has several branches {branch.name} that differ, which the"
+                " published form cannot say"
+            )
     entries: list[tuple[str, tuple[int, ...]]] = []
     for name, blocks in rows.items():
         distinct = set(blocks.values())
-        entries += [(name, distinct.pop())] if len(distinct) == 1 else [(f"{name}-{block}", flags) for block, flags in blocks.items()]
+        entries += (
+            [(name, distinct.pop())]
+            if len(distinct) == 1
+            else [(f"{name}-{block}", flags) for block, flags in blocks.items()]
+        )
     return PublishedSchedule(tuple(entries))
 
 
@@ -181,17 +239,24 @@ def _parsed(source: str | Path) -> object:
 
 def _flags(key: object, values: object) -> tuple[int, ...]:
     if not isinstance(key, str) or isinstance(values, str) or not isinstance(values, Sequence):
-        raise ScheduleError(f"schedule[{key!r}]: expected a list of 0 and 1, one per step, got {type(values).__name__}")
+        raise ScheduleError(
+            f"schedule[{key!r}]: expected a list of 0 and 1, one per step, got {type(values).__name__}"
+        )
     for step, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value not in (0, 1):
-            raise ScheduleError(f"schedule[{key!r}][{step}]: expected 0 (reuse) or 1 (compute), got {value!r}")
+            raise ScheduleError(
+                f"schedule[{key!r}][{step}]: expected 0 (reuse) or 1 (compute), got {value!r}"
+            )
     return tuple(int(value) for value in values)
 
 
 def _flag(step: StepPlan, index: int, number: int) -> int:
     action: Action = step.actions[index]
     if step.skip or action.kind not in (Kind.COMPUTE, Kind.REUSE):
-        raise ScheduleError(f"steps[{number}]: the published form has COMPUTE and REUSE, not {'a skipped trunk' if step.skip else action.kind.name}")
+        raise ScheduleError(
+            f"steps[{number}]: the published form has COMPUTE and REUSE, not"
+            f" {'a skipped trunk' if step.skip else action.kind.name}"
+        )
     return int(action.kind is Kind.COMPUTE)
 
 

@@ -1,4 +1,5 @@
 """What is done at every step, layer and branch: the vocabulary that every policy compiles to."""
+
 import enum
 import json
 from collections import Counter
@@ -31,9 +32,15 @@ class Action:
 
     def __post_init__(self) -> None:
         if (self.tokens is not None) != (self.kind is Kind.REFRESH) or (self.tokens or 0) < 0:
-            raise ScheduleError(f"tokens: a REFRESH, and only a REFRESH, has a number of tokens >= 0, got {self.kind.name} with {self.tokens}")
+            raise ScheduleError(
+                f"tokens: a REFRESH, and only a REFRESH, has a number of tokens >= 0, got {self.kind.name}"
+                f" with {self.tokens}"
+            )
         if (self.order is not None) != (self.kind is Kind.FORECAST) or (self.order or 0) < 0:
-            raise ScheduleError(f"order: a FORECAST, and only a FORECAST, has an order >= 0, got {self.kind.name} with {self.order}")
+            raise ScheduleError(
+                f"order: a FORECAST, and only a FORECAST, has an order >= 0, got {self.kind.name} with"
+                f" {self.order}"
+            )
 
     @property
     def code(self) -> str:
@@ -51,7 +58,11 @@ class Action:
                 raise ValueError(code)
         except ValueError:
             raise ScheduleError(f"action: expected C, R, P<tokens> or F<order>, got {code!r}") from None
-        return Action(kind, tokens=number if kind is Kind.REFRESH else None, order=number if kind is Kind.FORECAST else None)
+        return Action(
+            kind,
+            tokens=number if kind is Kind.REFRESH else None,
+            order=number if kind is Kind.FORECAST else None,
+        )
 
 
 COMPUTE = Action(Kind.COMPUTE)
@@ -115,7 +126,10 @@ class Selection:
         if not isinstance(self.score, Score):
             object.__setattr__(self, "score", _score(self.score))
         if self.cell < 0 or (self.cell == 0) != (self.bonus == 0.0):
-            raise ScheduleError(f"cell, bonus: a bonus needs a cell of 1 or more tokens a side and a cell a bonus, got cell={self.cell}, bonus={self.bonus}")
+            raise ScheduleError(
+                "cell, bonus: a bonus needs a cell of 1 or more tokens a side and a cell a bonus, got"
+                f" cell={self.cell}, bonus={self.bonus}"
+            )
 
     def to_dict(self) -> dict:
         """The settings as plain values, for JSON."""
@@ -126,7 +140,9 @@ def _score(name: object) -> Score:
     try:
         return Score(name)
     except ValueError:
-        raise ScheduleError(f"score: expected one of {', '.join(score.value for score in Score)}, got {name!r}") from None
+        raise ScheduleError(
+            f"score: expected one of {', '.join(score.value for score in Score)}, got {name!r}"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +210,9 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         if len(self.actions) != len(self.layout.branches):
-            raise ScheduleError(f"actions: expected one per branch ({len(self.layout.branches)}), got {len(self.actions)}")
+            raise ScheduleError(
+                f"actions: expected one per branch ({len(self.layout.branches)}), got {len(self.actions)}"
+            )
 
     @cached_property
     def kind(self) -> str:
@@ -237,7 +255,11 @@ class StepPlan:
         """Blocks that do anything: all of them, or those that compute in a skipped step."""
         if not self.skip:
             return frozenset(branch.block for branch in self.layout.branches)
-        return frozenset(branch.block for action, branch in zip(self.actions, self.layout.branches, strict=True) if action.kind is Kind.COMPUTE)
+        return frozenset(
+            branch.block
+            for action, branch in zip(self.actions, self.layout.branches, strict=True)
+            if action.kind is Kind.COMPUTE
+        )
 
 
 @dataclass(frozen=True)
@@ -260,7 +282,9 @@ class Schedule:
             if step.layout is not self.layout and step.layout != self.layout:
                 raise ScheduleError(f"steps[{index}]: was made for another layout")
         if self.refreshed and self.selection is None:
-            raise ScheduleError("selection: a schedule that refreshes tokens says how they are chosen, got None")
+            raise ScheduleError(
+                "selection: a schedule that refreshes tokens says how they are chosen, got None"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -280,7 +304,12 @@ class Schedule:
     @cached_property
     def refreshed(self) -> frozenset[int]:
         """Branches (indices in the plan) that some step refreshes."""
-        return frozenset(index for step in self.steps for index, action in enumerate(step.actions) if action.kind is Kind.REFRESH)
+        return frozenset(
+            index
+            for step in self.steps
+            for index, action in enumerate(step.actions)
+            if action.kind is Kind.REFRESH
+        )
 
     @cached_property
     def history(self) -> int:
@@ -306,15 +335,28 @@ class Schedule:
     def to_json(self) -> str:
         """The schedule as JSON text; `from_json` gives an equal schedule back."""
         layout = self.layout
-        return json.dumps({
-            "format": FORMAT, "policy": self.policy, "fields": self.fields,
-            "selection": None if self.selection is None else self.selection.to_dict(),
-            "layout": {
-                "family": layout.family, "tokens": layout.tokens, "width": layout.width, "heads": layout.heads, "fixed_flops": layout.fixed_flops, "modulation_flops": layout.modulation_flops,
-                "branches": [[branch.block, branch.name, branch.flops_per_token, branch.flops_per_pair] for branch in layout.branches],
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "policy": self.policy,
+                "fields": self.fields,
+                "selection": None if self.selection is None else self.selection.to_dict(),
+                "layout": {
+                    "family": layout.family,
+                    "tokens": layout.tokens,
+                    "width": layout.width,
+                    "heads": layout.heads,
+                    "fixed_flops": layout.fixed_flops,
+                    "modulation_flops": layout.modulation_flops,
+                    "branches": [
+                        [branch.block, branch.name, branch.flops_per_token, branch.flops_per_pair]
+                        for branch in layout.branches
+                    ],
+                },
+                "steps": [_step_text(step) for step in self.steps],
             },
-            "steps": [_step_text(step) for step in self.steps],
-        }, indent=1)
+            indent=1,
+        )
 
     @staticmethod
     def from_json(text: str) -> "Schedule":
@@ -324,7 +366,10 @@ class Schedule:
         except json.JSONDecodeError as error:
             raise ScheduleError(f"schedule: not JSON: {error}") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ScheduleError(f"format: expected {FORMAT!r}, got {found.get('format') if isinstance(found, dict) else type(found).__name__!r}")
+            raise ScheduleError(
+                f"format: expected {FORMAT!r}, got"
+                f" {found.get('format') if isinstance(found, dict) else type(found).__name__!r}"
+            )
         try:
             shape = dict(found["layout"])
             layout = Layout(**{**shape, "branches": tuple(Branch(*entry) for entry in shape["branches"])})
@@ -355,8 +400,12 @@ class Schedule:
 
         return union(self, other)
 
-    def with_branch(self, name: str, action: Action, *, block: int | None = None, steps: Iterable[int] | None = None) -> "Schedule":
-        """Replace the action of branches `name`, of one block or all, at some steps or all (fastcache.plan.editing.with_branch)."""
+    def with_branch(
+        self, name: str, action: Action, *, block: int | None = None, steps: Iterable[int] | None = None
+    ) -> "Schedule":
+        """Replace the action of branches `name`, of one block or all, at some steps or all
+        (fastcache.plan.editing.with_branch).
+        """
         from fastcache.plan.editing import with_branch
 
         return with_branch(self, name, action, block=block, steps=steps)

@@ -1,4 +1,5 @@
 """Caching methods, one file each: settings in, a plan out."""
+
 from fastcache.policies.base import Policy
 from fastcache.policies.duca import DuCa
 from fastcache.policies.fora import FORA

@@ -1,4 +1,5 @@
 """What every policy is: settings in, a plan out."""
+
 import abc
 from dataclasses import asdict
 from typing import Any

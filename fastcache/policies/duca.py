@@ -1,4 +1,7 @@
-"""DuCa: between full steps, steps that refresh tokens and steps that skip the trunk take turns (spec section 3)."""
+"""DuCa: between full steps, steps that refresh tokens and steps that skip the trunk take turns (spec section
+3).
+"""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,21 +12,28 @@ from fastcache.policies.token_rules import TokenRules
 from fastcache.policies.token_steps import AdaptiveCycle, ModuleCycle
 
 DIT = TokenRules(
-    branches=("attn", "mlp"), refreshed=frozenset({"mlp"}),
+    branches=("attn", "mlp"),
+    refreshed=frozenset({"mlp"}),
     cycle=AdaptiveCycle(descending=True, pace=Line(1.4, -0.8), sensitive=(0.2, 0.4), alternate=True),
     ratios={**GENERAL, "ToCa": DIT_DDIM50, "linear-layerwise": DIT_DDPM250},
-    cell=2, bonus=0.8, local="as global",
+    cell=2,
+    bonus=0.8,
+    local="as global",
 )
 PIXART_ALPHA = TokenRules(
-    branches=("attn", "cross", "mlp"), refreshed=frozenset({"cross", "mlp"}),
+    branches=("attn", "cross", "mlp"),
+    refreshed=frozenset({"cross", "mlp"}),
     cycle=AdaptiveCycle(descending=False, pace=Line(), alternate=True),
     ratios={**GENERAL, "ToCa": PIXART, "linear-layerwise": PIXART},
-    cell=4, bonus=0.4,
+    cell=4,
+    bonus=0.4,
 )
 STDIT3 = TokenRules(
-    branches=("attn", "cross", "mlp"), refreshed=frozenset({"mlp"}),
+    branches=("attn", "cross", "mlp"),
+    refreshed=frozenset({"mlp"}),
     cycle=ModuleCycle({"attn": 3, "cross": 6, "mlp": 3}, warmup=3, skipped=2),
-    ratios={**GENERAL, "ToCa": OPEN_SORA}, blocks_per_layer=2,
+    ratios={**GENERAL, "ToCa": OPEN_SORA},
+    blocks_per_layer=2,
 )
 
 

@@ -1,4 +1,5 @@
 """FORA: recompute every `interval` steps, reuse in between (spec section 1)."""
+
 from dataclasses import dataclass
 
 from fastcache.policies.base import Policy, positive_steps
@@ -19,7 +20,9 @@ class FORA(Policy):
 
     def __post_init__(self) -> None:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
-            raise ValueError(f"interval: expected a whole number >= 1 (1 recomputes every step), got {self.interval!r}")
+            raise ValueError(
+                f"interval: expected a whole number >= 1 (1 recomputes every step), got {self.interval!r}"
+            )
 
     def full_steps(self, num_steps: int) -> list[int]:
         """Execution indices of the full steps."""
@@ -28,11 +31,15 @@ class FORA(Policy):
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
         full = set(self.full_steps(num_steps))
-        steps = tuple(full_step(layout) if k in full else uniform_step(layout, REUSE) for k in range(num_steps))
+        steps = tuple(
+            full_step(layout) if k in full else uniform_step(layout, REUSE) for k in range(num_steps)
+        )
         return Schedule(layout, steps, "FORA", self.fields())
 
     def reference_flops(self, num_steps: int, layout: Layout, batch: int) -> int:
         """Full blocks on full steps; LayerNorm and adaLN on the others."""
         full = len(self.full_steps(num_steps))
         reused = num_steps - full
-        return layout.depth * (full * full_block_flops(layout, batch) + reused * block_overhead_flops(layout, batch))
+        return layout.depth * (
+            full * full_block_flops(layout, batch) + reused * block_overhead_flops(layout, batch)
+        )

@@ -1,4 +1,5 @@
 """How many tokens a partial step refreshes: the fresh-ratio schedules of ToCa and DuCa (spec section 2.4)."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -37,7 +38,12 @@ class FreshRatio:
         """The share before it is clamped to 0..1; some schedules are negative in places."""
         ramp = self.ripple * (at.step % at.interval / at.interval - 0.5)
         step = self.step.at(at.step, at.num_steps) * self.decay ** (at.step / at.num_steps) + ramp
-        return fresh_ratio * self.layer.at(at.layer, max(1, at.layers - 1)) * step * self.branches.get(branch, 1.0)
+        return (
+            fresh_ratio
+            * self.layer.at(at.layer, max(1, at.layers - 1))
+            * step
+            * self.branches.get(branch, 1.0)
+        )
 
     def tokens(self, fresh_ratio: float, at: "Position", branch: str, tokens: int) -> int:
         """K: the share of `tokens`, in float32 as the originals have it, rounded down."""

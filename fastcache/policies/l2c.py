@@ -1,4 +1,7 @@
-"""L2C: steps in pairs, and a learned router that says what the second of a pair recomputes (spec section 5)."""
+"""L2C: steps in pairs, and a learned router that says what the second of a pair recomputes (spec section
+5).
+"""
+
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -15,12 +18,16 @@ from fastcache.policies.base import Policy, positive_steps
 from fastcache.plan.published import PublishedSchedule, plan_from_rows
 from fastcache.plan.schedule import Layout, Schedule
 
-CONTAINERS = "a mapping {step index: [2L]}, a list of [2L] per step index, a state dict with keys such as routers.<index>, or one tensor [T, 2L]"
+CONTAINERS = (
+    "a mapping {step index: [2L]}, a list of [2L] per step index, a state dict with keys such as"
+    " routers.<index>, or one tensor [T, 2L]"
+)
 
 
 @dataclass(frozen=True, init=False)
 class L2C(Policy):
-    """Execution steps 0, 2, 4, ... are full; at each step between, the router's active branches are recomputed.
+    """Execution steps 0, 2, 4, ... are full; at each step between, the router's active branches are
+    recomputed.
 
     Source: Ma et al., "Learning-to-Cache: Accelerating Diffusion Transformer via Layer Caching".
     """
@@ -28,14 +35,18 @@ class L2C(Policy):
     published: PublishedSchedule
     threshold: float | None = None
 
-    def __init__(self, router: Mapping[str, Any] | str | Path | PublishedSchedule, threshold: float | None = None) -> None:
+    def __init__(
+        self, router: Mapping[str, Any] | str | Path | PublishedSchedule, threshold: float | None = None
+    ) -> None:
         """router: a router file, or an indexed JSON schedule (which has no threshold; 0.1 for a router)."""
         is_file = isinstance(router, (str, Path)) and not str(router).lstrip().startswith("{")
         if is_file and Path(router).suffix != ".json":
             threshold = 0.1 if threshold is None else threshold
             router = _published(_read(Path(router)), threshold, Path(router))
         elif threshold is not None and not isinstance(router, PublishedSchedule):
-            raise ValueError(f"threshold: an indexed schedule is decided already, expected None, got {threshold!r}")
+            raise ValueError(
+                f"threshold: an indexed schedule is decided already, expected None, got {threshold!r}"
+            )
         published = PublishedSchedule.read(router)
         _require_pairs(published)
         object.__setattr__(self, "published", published)
@@ -43,7 +54,8 @@ class L2C(Policy):
 
     @classmethod
     def from_router(cls, path: str | Path, threshold: float = 0.1) -> "L2C":
-        """Read a published router: per respaced step index s, 2L numbers; 2l is attn of layer l, 2l + 1 its mlp.
+        """Read a published router: per respaced step index s, 2L numbers; 2l is attn of layer l, 2l + 1 its
+        mlp.
 
         A branch is recomputed if sigmoid(number) > threshold. Only even s are looked at: they are the
         second steps of the pairs, executed at T - 1 - s. Files: what torch.save wrote (tensors alone
@@ -61,9 +73,16 @@ class L2C(Policy):
         if positive_steps(num_steps) % 2:
             raise ScheduleError(f"num_steps: L2C pairs steps, expected an even number, got {num_steps}")
         rows = self.published.rows(layout, num_steps)
-        absent = [f"{branch.name}-{branch.block}" for branch in layout.branches if self.published.flags(branch.name, branch.block) is None]
+        absent = [
+            f"{branch.name}-{branch.block}"
+            for branch in layout.branches
+            if self.published.flags(branch.name, branch.block) is None
+        ]
         if absent:
-            raise ScheduleError(f"router: it was trained for another number of layers: the model's {absent[0]} and {len(absent) - 1} other branches are not in it")
+            raise ScheduleError(
+                f"router: it was trained for another number of layers: the model's {absent[0]} and"
+                f" {len(absent) - 1} other branches are not in it"
+            )
         return plan_from_rows(layout, rows, "L2C", self.fields())
 
     def fields(self) -> dict[str, Any]:
@@ -73,22 +92,35 @@ class L2C(Policy):
 
 def _require_pairs(published: PublishedSchedule) -> None:
     if published.num_steps % 2:
-        raise ScheduleError(f"router: L2C pairs steps, expected an even number of steps, got {published.num_steps}")
+        raise ScheduleError(
+            f"router: L2C pairs steps, expected an even number of steps, got {published.num_steps}"
+        )
     for key, flags in published.entries:
         if 0 in flags[::2]:
-            raise ScheduleError(f"router[{key!r}]: step {2 * flags[::2].index(0)} reuses, but in L2C steps 0, 2, 4, ... are full; use fastcache.SmoothCache for other schedules")
+            raise ScheduleError(
+                f"router[{key!r}]: step {2 * flags[::2].index(0)} reuses, but in L2C steps 0, 2, 4, ... are"
+                " full; use fastcache.SmoothCache for other schedules"
+            )
 
 
 def _published(routers: dict[int, Tensor], threshold: float, path: Path) -> PublishedSchedule:
     if not 0.0 <= threshold < 1.0:
-        raise ValueError(f"threshold: expected 0 <= threshold < 1 (it is compared with a sigmoid), got {threshold!r}")
+        raise ValueError(
+            f"threshold: expected 0 <= threshold < 1 (it is compared with a sigmoid), got {threshold!r}"
+        )
     num_steps = _num_steps(sorted(routers), path)
     width = len(routers[0])
     rows = []
     for k in range(num_steps):
-        active = [True] * width if k % 2 == 0 else (routers[num_steps - 1 - k].float().sigmoid() > threshold).tolist()
+        active = (
+            [True] * width
+            if k % 2 == 0
+            else (routers[num_steps - 1 - k].float().sigmoid() > threshold).tolist()
+        )
         rows.append([int(flag) for flag in active])
-    entries = tuple((f"{('attn', 'mlp')[row % 2]}-{row // 2}", tuple(step[row] for step in rows)) for row in range(width))
+    entries = tuple(
+        (f"{('attn', 'mlp')[row % 2]}-{row // 2}", tuple(step[row] for step in rows)) for row in range(width)
+    )
     return PublishedSchedule(entries)
 
 
@@ -96,7 +128,9 @@ def _num_steps(indices: list[int], path: Path) -> int:
     """T of a router that has either every step index 0..T-1, or the even ones."""
     if indices == list(range(len(indices))) and len(indices) > 1:
         if len(indices) % 2:
-            raise ScheduleError(f"router: {path} is for {len(indices)} steps; L2C pairs steps, expected an even number")
+            raise ScheduleError(
+                f"router: {path} is for {len(indices)} steps; L2C pairs steps, expected an even number"
+            )
         return len(indices)
     if indices == list(range(0, 2 * len(indices), 2)):
         return 2 * len(indices)
@@ -132,13 +166,21 @@ def _routers(content: object, path: Path) -> dict[int, Tensor]:
         index = _index(key, path)
         if index in routers:
             raise ValueError(f"router: {path}: two entries for step index {index}, the second is {key!r}")
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 1 or len(value) == 0 or len(value) % 2:
+        if (
+            not isinstance(value, Tensor)
+            or not value.is_floating_point()
+            or value.dim() != 1
+            or len(value) == 0
+            or len(value) % 2
+        ):
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"router[{key!r}]: {path}: expected a float tensor [2L], got {got}")
         routers[index] = value
     widths = {len(value) for value in routers.values()}
     if len(widths) > 1:
-        raise ValueError(f"router: {path}: expected [2L] of one L at every step, got lengths {sorted(widths)}")
+        raise ValueError(
+            f"router: {path}: expected [2L] of one L at every step, got lengths {sorted(widths)}"
+        )
     return routers
 
 

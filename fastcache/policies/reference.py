@@ -3,6 +3,7 @@
 It counts the blocks alone, one FLOP a multiply-add in the adaLN projection and two elsewhere, and
 serves only to compare with published figures; `StepPlan.flops` is the model's own count.
 """
+
 from fastcache.plan.schedule import Kind, Layout, Schedule, StepPlan
 
 
@@ -26,7 +27,11 @@ def block_overhead_flops(layout: Layout, batch: int) -> int:
 
 def full_block_flops(layout: Layout, batch: int) -> int:
     """A block that computes everything."""
-    return attention_flops(layout, batch) + mlp_flops(layout, batch, layout.tokens) + block_overhead_flops(layout, batch)
+    return (
+        attention_flops(layout, batch)
+        + mlp_flops(layout, batch, layout.tokens)
+        + block_overhead_flops(layout, batch)
+    )
 
 
 def plan_flops(schedule: Schedule, batch: int) -> int:

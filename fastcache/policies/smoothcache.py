@@ -1,4 +1,5 @@
 """SmoothCache: a calibrated schedule per branch name, or per branch (spec section 4)."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ class SmoothCache(Policy):
     published: PublishedSchedule
 
     def __init__(self, schedule: Mapping[str, Any] | str | Path | PublishedSchedule) -> None:
-        """schedule: a mapping, JSON text, or the path of a JSON file. Raises ScheduleError naming the entry that is wrong."""
+        """schedule: a mapping, JSON text, or the path of a JSON file. Raises ScheduleError naming the entry
+        that is wrong.
+        """
         object.__setattr__(self, "published", PublishedSchedule.read(schedule))
 
     @classmethod
@@ -34,7 +37,10 @@ class SmoothCache(Policy):
         policy = cls(Path(path))
         made = policy.published.fingerprint
         if scheduler is not None and made is not None and made.scheduler not in (None, scheduler):
-            raise ScheduleError(f"scheduler: {path} was calibrated with {made.scheduler}, got {scheduler!r}; calibrate again with it")
+            raise ScheduleError(
+                f"scheduler: {path} was calibrated with {made.scheduler}, got {scheduler!r}; calibrate again"
+                " with it"
+            )
         return policy
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:

@@ -1,4 +1,5 @@
 """TaylorSeer: forecast features between full steps from those of the last ones (spec section 6)."""
+
 from dataclasses import dataclass
 
 from fastcache.policies.base import Policy, positive_steps
@@ -38,11 +39,15 @@ class TaylorSeer(Policy):
         for k in range(num_steps):
             order = min(self.max_order, seen - 1)
             seen += k in full
-            steps.append(full_step(layout) if k in full else uniform_step(layout, forecast(order) if order else REUSE))
+            steps.append(
+                full_step(layout) if k in full else uniform_step(layout, forecast(order) if order else REUSE)
+            )
         return Schedule(layout, tuple(steps), "TaylorSeer", self.fields())
 
     def reference_flops(self, num_steps: int, layout: Layout, batch: int) -> int:
         """Full blocks on full steps; LayerNorm and adaLN on the others."""
         full = len(self.full_steps(num_steps))
         forecasts = num_steps - full
-        return layout.depth * (full * full_block_flops(layout, batch) + forecasts * block_overhead_flops(layout, batch))
+        return layout.depth * (
+            full * full_block_flops(layout, batch) + forecasts * block_overhead_flops(layout, batch)
+        )

@@ -1,4 +1,5 @@
 """ToCa: between full steps refresh the tokens that matter most, layer by layer (spec section 2)."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,21 +10,34 @@ from fastcache.policies.token_rules import TokenRules
 from fastcache.policies.token_steps import AdaptiveCycle, ModuleCycle
 
 DIT = TokenRules(
-    branches=("attn", "mlp"), refreshed=frozenset({"mlp"}),
+    branches=("attn", "mlp"),
+    refreshed=frozenset({"mlp"}),
     cycle=AdaptiveCycle(descending=True, pace=Line(1.4, -0.8), sensitive=(0.2, 0.4)),
-    ratios={**GENERAL, "ToCa-ddim50": DIT_DDIM50, "ToCa-ddpm250": DIT_DDPM250, "linear-layerwise": DIT_DDPM250},
-    cell=2, bonus=0.6, local="as global",
+    ratios={
+        **GENERAL,
+        "ToCa-ddim50": DIT_DDIM50,
+        "ToCa-ddpm250": DIT_DDPM250,
+        "linear-layerwise": DIT_DDPM250,
+    },
+    cell=2,
+    bonus=0.6,
+    local="as global",
 )
 PIXART_ALPHA = TokenRules(
-    branches=("attn", "cross", "mlp"), refreshed=frozenset({"cross", "mlp"}),
+    branches=("attn", "cross", "mlp"),
+    refreshed=frozenset({"cross", "mlp"}),
     cycle=AdaptiveCycle(descending=False, pace=Line(0.8, 0.4)),
     ratios={**GENERAL, "ToCa": PIXART, "linear-layerwise": PIXART},
-    cell=4, bonus=0.4, local="first only",
+    cell=4,
+    bonus=0.4,
+    local="first only",
 )
 STDIT3 = TokenRules(
-    branches=("attn", "cross", "mlp"), refreshed=frozenset({"cross", "mlp"}),
+    branches=("attn", "cross", "mlp"),
+    refreshed=frozenset({"cross", "mlp"}),
     cycle=ModuleCycle({"attn": 3, "cross": 6, "mlp": 3}, warmup=3),
-    ratios={**GENERAL, "ToCa": OPEN_SORA}, blocks_per_layer=2,
+    ratios={**GENERAL, "ToCa": OPEN_SORA},
+    blocks_per_layer=2,
 )
 
 

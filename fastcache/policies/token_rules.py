@@ -1,4 +1,5 @@
 """What ToCa and DuCa do on a host family: everything about them that is not a setting."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
@@ -32,11 +33,24 @@ class TokenRules:
         """ValueError if the layout is not of the form that the rules are about."""
         every = [(block, name) for block in range(layout.depth) for name in self.branches]
         if [(branch.block, branch.name) for branch in layout.branches] != every:
-            raise ValueError(f"layout: the rules for {layout.family} are about blocks with branches {', '.join(self.branches)}, got branches {', '.join(layout.names)} in {layout.depth} blocks")
+            raise ValueError(
+                f"layout: the rules for {layout.family} are about blocks with branches"
+                f" {', '.join(self.branches)}, got branches {', '.join(layout.names)} in {layout.depth}"
+                " blocks"
+            )
         if layout.depth % self.blocks_per_layer:
-            raise ValueError(f"layout: {layout.family} has {self.blocks_per_layer} blocks a layer, expected a multiple of that, got {layout.depth} blocks")
+            raise ValueError(
+                f"layout: {layout.family} has {self.blocks_per_layer} blocks a layer, expected a multiple of"
+                f" that, got {layout.depth} blocks"
+            )
         if layout.tokens < 1:
-            raise ValueError(f"layout.tokens: expected the number of tokens of a sample, of which a share is refreshed, got {layout.tokens}")
+            raise ValueError(
+                "layout.tokens: expected the number of tokens of a sample, of which a share is refreshed,"
+                f" got {layout.tokens}"
+            )
         side = isqrt(layout.tokens)
         if self.cell and (side * side != layout.tokens or side % self.cell):
-            raise ValueError(f"layout.tokens: the spatial bonus on {layout.family} needs a square grid whose side is a multiple of {self.cell}, got {layout.tokens} tokens")
+            raise ValueError(
+                f"layout.tokens: the spatial bonus on {layout.family} needs a square grid whose side is a"
+                f" multiple of {self.cell}, got {layout.tokens} tokens"
+            )

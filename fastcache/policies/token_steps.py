@@ -1,4 +1,5 @@
 """Which steps of ToCa and DuCa are full, partial or skipped (spec sections 2.1 and 3)."""
+
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ class Cycle(abc.ABC):
         return num_steps - 1 - k if self.descending else k
 
     @abc.abstractmethod
-    def steps(self, threshold: int, num_steps: int, branches: tuple[str, ...], *, adapt: bool, flips: bool) -> list[TokenStep]:
+    def steps(
+        self, threshold: int, num_steps: int, branches: tuple[str, ...], *, adapt: bool, flips: bool
+    ) -> list[TokenStep]:
         """All steps in execution order.
 
         threshold: base interval. adapt: let the interval follow the step. flips: decide anew after
@@ -61,7 +64,9 @@ class AdaptiveCycle(Cycle):
     sensitive: tuple[float, float] | None = None
     alternate: bool = False
 
-    def steps(self, threshold: int, num_steps: int, branches: tuple[str, ...], *, adapt: bool, flips: bool) -> list[TokenStep]:
+    def steps(
+        self, threshold: int, num_steps: int, branches: tuple[str, ...], *, adapt: bool, flips: bool
+    ) -> list[TokenStep]:
         full = TokenStep(full=frozenset(branches))
         found, interval = [], threshold
         for k in range(num_steps):
@@ -77,7 +82,9 @@ class AdaptiveCycle(Cycle):
 
     def interval_after(self, number: int, threshold: int, num_steps: int) -> int:
         """The interval that a full step of this number sets: float32, halves to even."""
-        if self.sensitive is not None and int(self.sensitive[0] * num_steps) <= number < int(self.sensitive[1] * num_steps):
+        if self.sensitive is not None and int(self.sensitive[0] * num_steps) <= number < int(
+            self.sensitive[1] * num_steps
+        ):
             return 2
         return int(np.rint(np.float32(threshold) / np.float32(self.pace.at(number, num_steps))))
 
@@ -100,7 +107,9 @@ class ModuleCycle(Cycle):
     skipped: int | None = None
     descending: bool = False
 
-    def steps(self, threshold: int, num_steps: int, branches: tuple[str, ...], *, adapt: bool, flips: bool) -> list[TokenStep]:
+    def steps(
+        self, threshold: int, num_steps: int, branches: tuple[str, ...], *, adapt: bool, flips: bool
+    ) -> list[TokenStep]:
         return [self._step(k) for k in range(num_steps)]
 
     def _step(self, k: int) -> TokenStep:
@@ -108,4 +117,6 @@ class ModuleCycle(Cycle):
             return TokenStep(full=frozenset(self.intervals))
         if k % 3 == self.skipped:
             return SKIP
-        return TokenStep(full=frozenset(name for name, interval in self.intervals.items() if k % interval == 0))
+        return TokenStep(
+            full=frozenset(name for name, interval in self.intervals.items() if k % interval == 0)
+        )

@@ -1,4 +1,5 @@
 """The residual stream: updates are queued, and one launch applies them all."""
+
 from fastcache.stream.deferred import Deferred
 from fastcache.stream.residual_stream import ResidualStream, Term
 

@@ -1,4 +1,5 @@
 """A tensor that stands for a residual stream whose updates have not been applied yet."""
+
 import dataclasses
 
 import torch
@@ -7,8 +8,34 @@ from torch import Tensor
 from fastcache.stream.residual_stream import ResidualStream, Term
 
 _METADATA = frozenset(
-    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_quantized", "is_sparse")
-) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.element_size, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.__len__, Tensor.get_device, torch.numel, torch.is_floating_point}
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_quantized",
+        "is_sparse",
+    )
+) | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.stride,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_contiguous,
+    Tensor.__len__,
+    Tensor.get_device,
+    torch.numel,
+    torch.is_floating_point,
+}
 
 
 class Deferred(Tensor):
@@ -36,7 +63,10 @@ class Deferred(Tensor):
         """The value [B, N, D], computed at the first call; it aliases no other tensor."""
         if self.value is None:
             # a refresh that is also pending in the running stream must not be written twice
-            terms = tuple(term if term.fresh is None else dataclasses.replace(term, feature=term.feature.clone()) for term in self._terms)
+            terms = tuple(
+                term if term.fresh is None else dataclasses.replace(term, feature=term.feature.clone())
+                for term in self._terms
+            )
             stream = ResidualStream(self._start, terms, guard=self._guard)
             self.value = stream.value() if self._terms else self._start.clone()
             self._start, self._terms = None, ()
@@ -49,7 +79,10 @@ class Deferred(Tensor):
         return ResidualStream(self._start, self._terms, guard=self._guard)
 
     def __repr__(self) -> str:
-        return f"Deferred({list(self.shape)}, {self.dtype}, {'materialised' if self.value is not None else f'{len(self._terms)} pending'})"
+        return (
+            f"Deferred({list(self.shape)}, {self.dtype},"
+            f" {'materialised' if self.value is not None else f'{len(self._terms)} pending'})"
+        )
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

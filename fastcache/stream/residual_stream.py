@@ -1,12 +1,13 @@
 """The residual stream: updates are queued, and one launch applies them all.
 
-    stream = ResidualStream(x)
-    h = stream.modulated(shift, scale)       # LayerNorm + adaLN modulate
-    stream.add(attention(h), gate)           # queued, not yet run
-    h = stream.modulated(shift2, scale2)     # one launch: add, norm, modulate
-    stream.add(mlp(h), gate2)
-    x = stream.value()                       # one launch: add
+stream = ResidualStream(x)
+h = stream.modulated(shift, scale)       # LayerNorm + adaLN modulate
+stream.add(attention(h), gate)           # queued, not yet run
+h = stream.modulated(shift2, scale2)     # one launch: add, norm, modulate
+stream.add(mlp(h), gate2)
+x = stream.value()                       # one launch: add
 """
+
 import functools
 import math
 from dataclasses import dataclass
@@ -63,24 +64,55 @@ class ResidualStream:
         """Version of `base` when it was taken, None where PyTorch keeps none."""
         return self._guard
 
-    def add(self, feature: Tensor, gate: Tensor | None = None, *, gate_row: int | None = None, weight: float | None = None) -> None:
-        """Queue x += weight * gate * feature; feature [B, N, D], gate a vector (or packed, with `gate_row`)."""
+    def add(
+        self,
+        feature: Tensor,
+        gate: Tensor | None = None,
+        *,
+        gate_row: int | None = None,
+        weight: float | None = None,
+    ) -> None:
+        """Queue x += weight * gate * feature; feature [B, N, D], gate a vector (or packed, with
+        `gate_row`).
+        """
         self._queue(Term(feature, gate, gate_row, weight))
 
-    def refresh(self, slot: Tensor, fresh: Tensor, slots: SlotMap | None = None, gate: Tensor | None = None, *, gate_row: int | None = None) -> None:
-        """Queue: slot [B, N, D] takes the fresh rows [B, K, D] of `slots` (all rows without), then x += gate * slot."""
+    def refresh(
+        self,
+        slot: Tensor,
+        fresh: Tensor,
+        slots: SlotMap | None = None,
+        gate: Tensor | None = None,
+        *,
+        gate_row: int | None = None,
+    ) -> None:
+        """Queue: slot [B, N, D] takes the fresh rows [B, K, D] of `slots` (all rows without), then x += gate
+        * slot.
+        """
         if self._refreshing or any(same_memory(term.feature, slot) for term in self._pending):
             self._flush()  # one refresh a launch, and terms queued before it see the slot as it was
         self._queue(Term(slot, gate, gate_row, None, fresh, None if slots is None else slots.slots))
         self._refreshing = True
 
-    def modulated(self, shift: Tensor | None = None, scale: Tensor | None = None, *, rows: SlotMap | None = None, norm: Norm = Norm.LAYER, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    def modulated(
+        self,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        *,
+        rows: SlotMap | None = None,
+        norm: Norm = Norm.LAYER,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
         """Apply what is pending and return norm(x) * (1 + scale) + shift in the same launch.
 
         shift, scale: vectors; weight, bias: [D], the affine part of the norm; rows: only these
         tokens, packed to [B, K, D]. Returns [B, N, D] or [B, K, D] in x's dtype.
         """
-        return self._flush(norm=norm, shift=shift, scale=scale, norm_weight=weight, norm_bias=bias, eps=eps, rows=rows)
+        return self._flush(
+            norm=norm, shift=shift, scale=scale, norm_weight=weight, norm_bias=bias, eps=eps, rows=rows
+        )
 
     def value(self) -> Tensor:
         """Apply what is pending and return x; with nothing pending, the current x itself."""
@@ -92,28 +124,59 @@ class ResidualStream:
         # all features of one launch share a dtype, a launch holds MAX_TERMS of them, and a slot that
         # is refreshed in a launch is none of its other terms
         if self._pending and (
-            term.feature.dtype != self._pending[0].feature.dtype or len(self._pending) == MAX_TERMS
-            or (self._refreshing and any(queued.fresh is not None and same_memory(queued.feature, term.feature) for queued in self._pending))
+            term.feature.dtype != self._pending[0].feature.dtype
+            or len(self._pending) == MAX_TERMS
+            or (
+                self._refreshing
+                and any(
+                    queued.fresh is not None and same_memory(queued.feature, term.feature)
+                    for queued in self._pending
+                )
+            )
         ):
             self._flush()
         self._pending.append(term)
 
-    def _flush(self, norm: Norm = Norm.NONE, shift=None, scale=None, norm_weight=None, norm_bias=None, eps: float = 1e-6, rows: SlotMap | None = None) -> Tensor | None:
+    def _flush(
+        self,
+        norm: Norm = Norm.NONE,
+        shift=None,
+        scale=None,
+        norm_weight=None,
+        norm_bias=None,
+        eps: float = 1e-6,
+        rows: SlotMap | None = None,
+    ) -> Tensor | None:
         if self._guard is not None and self._x._version != self._guard:
-            raise RuntimeError("x was modified in place while updates of the residual stream were pending; modify a copy, or call stream.value() first and open a new stream on what you modify")
+            raise RuntimeError(
+                "x was modified in place while updates of the residual stream were pending; modify a copy, or"
+                " call stream.value() first and open a new stream on what you modify"
+            )
         terms = self._pending
         gates, gate_index = packed_gates(terms, self._x)
         position = next((j for j, term in enumerate(terms) if term.fresh is not None), None)
         options = dict(
-            gates=gates, gate_index=gate_index, weights=weight_row(terms, self._x.device), norm=norm, shift=shift, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
-            row_slots=None if rows is None else rows.slots, row_count=0 if rows is None else rows.count, need_x=bool(terms),
+            gates=gates,
+            gate_index=gate_index,
+            weights=weight_row(terms, self._x.device),
+            norm=norm,
+            shift=shift,
+            scale=scale,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            row_slots=None if rows is None else rows.slots,
+            row_count=0 if rows is None else rows.count,
+            need_x=bool(terms),
         )
         if position is None:
             result = residual_update(self._x, [term.feature for term in terms], **options)
         else:
             features = [term.feature for j, term in enumerate(terms) if j != position]
             slot = terms[position]
-            result = residual_update_scatter_(self._x, slot.feature, slot.fresh, slot.fresh_slots, features, position=position, **options)
+            result = residual_update_scatter_(
+                self._x, slot.feature, slot.fresh, slot.fresh_slots, features, position=position, **options
+            )
         self._pending, self._refreshing = [], False  # only now: a launch that raised loses nothing
         if terms:
             self._x, self._guard = result.x, tensor_version(result.x)
@@ -138,24 +201,34 @@ def packed_gates(terms: list[Term], x: Tensor) -> tuple[Tensor | None, Tensor | 
     first = gated[0]
     if all(term.gate is first.gate and (term.gate_row is None) == (first.gate_row is None) for term in gated):
         if first.gate_row is not None and (len(terms) > 1):
-            return first.gate, constant_row(tuple(-1 if term.gate is None else term.gate_row for term in terms), torch.int32, x.device)
+            return first.gate, constant_row(
+                tuple(-1 if term.gate is None else term.gate_row for term in terms), torch.int32, x.device
+            )
         gate = first.gate if first.gate_row is None else first.gate[first.gate_row]
         if len(gated) == len(terms):
             return gate, None
-        return gate[None], constant_row(tuple(-1 if term.gate is None else 0 for term in terms), torch.int32, x.device)
-    vectors = [_vector_3d(term.gate if term.gate_row is None else term.gate[term.gate_row], x) for term in gated]
+        return gate[None], constant_row(
+            tuple(-1 if term.gate is None else 0 for term in terms), torch.int32, x.device
+        )
+    vectors = [
+        _vector_3d(term.gate if term.gate_row is None else term.gate[term.gate_row], x) for term in gated
+    ]
     frames = math.lcm(*(vector.shape[1] for vector in vectors))  # each divides N, so this does too
     batch = max(vector.shape[0] for vector in vectors)
     packed = torch.stack([_frames(vector, frames).expand(batch, frames, -1) for vector in vectors])
     rows = iter(range(len(gated)))
-    return packed, constant_row(tuple(-1 if term.gate is None else next(rows) for term in terms), torch.int32, x.device)
+    return packed, constant_row(
+        tuple(-1 if term.gate is None else next(rows) for term in terms), torch.int32, x.device
+    )
 
 
 def weight_row(terms: list[Term], device: torch.device) -> Tensor | None:
     """[J] float32 weights of the terms, or None if every weight is one."""
     if all(term.weight is None for term in terms):
         return None
-    return constant_row(tuple(1.0 if term.weight is None else float(term.weight) for term in terms), torch.float32, device)
+    return constant_row(
+        tuple(1.0 if term.weight is None else float(term.weight) for term in terms), torch.float32, device
+    )
 
 
 def constant_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -169,7 +242,9 @@ def constant_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Ten
 def _kept_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         row = torch.tensor(values, dtype=dtype)
-        return row if device.type == "cpu" else row.pin_memory().to(device, non_blocking=True)  # never waits for the device
+        return (
+            row if device.type == "cpu" else row.pin_memory().to(device, non_blocking=True)
+        )  # never waits for the device
 
 
 def _vector_3d(vector: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Where a report's numbers were measured."""
+
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ class Environment:
     backend: str
 
 
-def environment(device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float32) -> Environment:
+def environment(
+    device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float32
+) -> Environment:
     """The environment of work on `device` in `dtype`; `backend` is the one that runs there."""
     return Environment(
         fastcache=fastcache.__version__,

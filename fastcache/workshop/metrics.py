@@ -1,4 +1,5 @@
 """How far a set of pictures is from another: PSNR, Frechet distance, class accuracy. NumPy, float64."""
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -42,7 +43,10 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """Share of rows of logits [n, classes] whose largest entry is at labels [n]."""
     logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(f"labels: expected [n >= 1] for logits [n, classes] {list(logits.shape)}, got {list(labels.shape)}")
+        raise ValueError(
+            f"labels: expected [n >= 1] for logits [n, classes] {list(logits.shape)}, got"
+            f" {list(labels.shape)}"
+        )
     return float(np.mean(logits.argmax(axis=1) == labels))
 
 

@@ -1,4 +1,5 @@
 """Pictures from a class-conditional model: diffusers' schedulers, batched guidance, an optional policy."""
+
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -140,7 +141,9 @@ def sample(
             if session is not None:
                 session.begin(timesteps=solver.timesteps.float(), conditions={"y": chosen})
             drawn = indices[first : first + batch_size]
-            pictures.append(_denoise(model, chosen, guidance, solver, PictureNoise(seed, drawn), bar.update).cpu())
+            pictures.append(
+                _denoise(model, chosen, guidance, solver, PictureNoise(seed, drawn), bar.update).cpu()
+            )
             seconds.append(time.perf_counter() - start)
             if on_batch is not None:
                 on_batch(drawn, pictures[-1])
@@ -153,7 +156,9 @@ def sample(
 
 
 class PictureNoise:
-    """The random numbers of some pictures: each has its own generator, seeded by (seed, index), on the CPU."""
+    """The random numbers of some pictures: each has its own generator, seeded by (seed, index), on the
+    CPU.
+    """
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
         seeds = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
@@ -165,7 +170,12 @@ class PictureNoise:
 
 
 def _denoise(
-    model: DiT, labels: Tensor, guidance: float, solver: Any, noise: PictureNoise, on_step: Callable[[], object]
+    model: DiT,
+    labels: Tensor,
+    guidance: float,
+    solver: Any,
+    noise: PictureNoise,
+    on_step: Callable[[], object],
 ) -> Tensor:
     """Pictures [B, C, S, S] in float32; labels [2B] = [classes, null] with guidance, else [B]."""
     weight = model.pos_embed

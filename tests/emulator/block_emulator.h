@@ -76,7 +76,8 @@ inline void run_fiber() {
 }
 
 [[noreturn]] inline void fail(const std::string& what) {
-  throw std::runtime_error("block emulator: " + what + ", block (" + std::to_string(block_.x) + ", " + std::to_string(block_.y) + ", " + std::to_string(block_.z) + ")");
+  throw std::runtime_error("block emulator: " + what + ", block (" + std::to_string(block_.x) + ", " +
+                           std::to_string(block_.y) + ", " + std::to_string(block_.z) + ")");
 }
 
 // Releases the threads begin..end if all of them wait for the same thing.
@@ -87,9 +88,17 @@ inline bool release(size_t begin, size_t end, Wait reason) {
     finished += fibers[i]->done;
   }
   if (waiting == 0 || waiting + finished < end - begin) return false;
-  if (finished > 0) fail("a barrier at line " + std::to_string(std::find_if(fibers.begin() + begin, fibers.end(), [](const auto& f) { return !f->done; })->get()->line) + " that " + std::to_string(finished) + " threads never reach");
+  if (finished > 0)
+    fail("a barrier at line " +
+         std::to_string(
+             std::find_if(fibers.begin() + begin, fibers.end(), [](const auto& f) { return !f->done; })
+                 ->get()
+                 ->line) +
+         " that " + std::to_string(finished) + " threads never reach");
   for (size_t i = begin; i < end; ++i) {
-    if (fibers[i]->line != fibers[begin]->line) fail("threads wait at different barriers, lines " + std::to_string(fibers[begin]->line) + " and " + std::to_string(fibers[i]->line));
+    if (fibers[i]->line != fibers[begin]->line)
+      fail("threads wait at different barriers, lines " + std::to_string(fibers[begin]->line) + " and " +
+           std::to_string(fibers[i]->line));
   }
   for (size_t i = begin; i < end; ++i) fibers[i]->wait = Wait::kNone;
   return true;
@@ -111,7 +120,8 @@ inline void run_block(size_t count) {
   std::vector<size_t> order(count);
   for (size_t i = 0; i < count; ++i) {
     order[i] = i;
-    start(*fibers[i], {unsigned(i % block_size_.x), unsigned(i / block_size_.x % block_size_.y), unsigned(i / block_size_.x / block_size_.y)});
+    start(*fibers[i], {unsigned(i % block_size_.x), unsigned(i / block_size_.x % block_size_.y),
+                       unsigned(i / block_size_.x / block_size_.y)});
   }
   for (size_t left = count; left > 0;) {
     bool moved = false;
@@ -125,7 +135,8 @@ inline void run_block(size_t count) {
       swapcontext(&scheduler, &fiber.context);
       left -= fiber.done;
     }
-    for (size_t warp = 0; warp < count; warp += 32) moved |= release(warp, std::min(warp + 32, count), Wait::kWarp);
+    for (size_t warp = 0; warp < count; warp += 32)
+      moved |= release(warp, std::min(warp + 32, count), Wait::kWarp);
     moved |= release(0, count, Wait::kBlock);
     if (!moved) fail("threads wait for each other: some at a barrier of the block, some at one of a warp");
   }
@@ -147,7 +158,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void*, const P
   }
 }
 
-inline size_t linear_thread() { return thread_.x + size_t(block_size_.x) * (thread_.y + size_t(block_size_.y) * thread_.z); }
+inline size_t linear_thread() {
+  return thread_.x + size_t(block_size_.x) * (thread_.y + size_t(block_size_.y) * thread_.z);
+}
 
 // What the lane `source(own lane)` of the warp passes to the same call.
 template <class T>
@@ -167,7 +180,8 @@ inline unsigned lane() { return linear_thread() % 32; }
 
 inline unsigned ballot(unsigned mask, bool predicate, int line) {
   unsigned bits = 0;
-  for (unsigned other = 0; other < 32; ++other) bits |= exchange(mask, unsigned(predicate), other, line) << other;
+  for (unsigned other = 0; other < 32; ++other)
+    bits |= exchange(mask, unsigned(predicate), other, line) << other;
   return bits;
 }
 
@@ -193,10 +207,16 @@ using emulator::dim3;
 #define __syncthreads() emulator::pause(emulator::Wait::kBlock, __LINE__)
 #endif
 #define __syncwarp(...) emulator::pause(emulator::Wait::kWarp, __LINE__)
-#define __shfl_xor_sync(mask, value, lanes) emulator::exchange(mask, value, emulator::lane() ^ (lanes), __LINE__)
+#define __shfl_xor_sync(mask, value, lanes) \
+  emulator::exchange(mask, value, emulator::lane() ^ (lanes), __LINE__)
 #define __shfl_sync(mask, value, source) emulator::exchange(mask, value, (source) % 32, __LINE__)
-#define __shfl_down_sync(mask, value, lanes) emulator::exchange(mask, value, emulator::lane() + (lanes) < 32 ? emulator::lane() + (lanes) : emulator::lane(), __LINE__)
-#define __shfl_up_sync(mask, value, lanes) emulator::exchange(mask, value, emulator::lane() >= (lanes) ? emulator::lane() - (lanes) : emulator::lane(), __LINE__)
+#define __shfl_down_sync(mask, value, lanes)                                                          \
+  emulator::exchange(mask, value,                                                                     \
+                     emulator::lane() + (lanes) < 32 ? emulator::lane() + (lanes) : emulator::lane(), \
+                     __LINE__)
+#define __shfl_up_sync(mask, value, lanes) \
+  emulator::exchange(mask, value,          \
+                     emulator::lane() >= (lanes) ? emulator::lane() - (lanes) : emulator::lane(), __LINE__)
 #define __ballot_sync(mask, predicate) emulator::ballot(mask, predicate, __LINE__)
 #define __any_sync(mask, predicate) (emulator::ballot(mask, predicate, __LINE__) != 0)
 #define __all_sync(mask, predicate) (emulator::ballot(mask, predicate, __LINE__) == 0xffffffffu)

@@ -58,14 +58,20 @@ std::vector<AtenTensorHandle> kept;
 
 }  // namespace
 
-extern "C" AOTITorchError emulated_empty_strided(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* out) {
-  static const int32_t widths[][2] = {{aoti_torch_dtype_float32(), 4}, {aoti_torch_dtype_float16(), 2}, {aoti_torch_dtype_bfloat16(), 2}, {aoti_torch_dtype_int32(), 4}};
+extern "C" AOTITorchError emulated_empty_strided(int64_t rank, const int64_t* sizes, const int64_t* strides,
+                                                 int32_t dtype, int32_t device_type, int32_t device_index,
+                                                 AtenTensorHandle* out) {
+  static const int32_t widths[][2] = {{aoti_torch_dtype_float32(), 4},
+                                      {aoti_torch_dtype_float16(), 2},
+                                      {aoti_torch_dtype_bfloat16(), 2},
+                                      {aoti_torch_dtype_int32(), 4}};
   int64_t element = 0, elements = 1;
   for (const auto& width : widths) element = width[0] == dtype ? width[1] : element;
   for (int64_t i = 0; i < rank; ++i) elements *= sizes[i];
   const int64_t guard = element ? kGuard / element : 0, all = elements + 2 * guard, one = 1;
   AtenTensorHandle whole = nullptr;
-  if (element == 0 || aoti_torch_empty_strided(1, &all, &one, dtype, device_type, device_index, &whole) != 0) return 1;
+  if (element == 0 || aoti_torch_empty_strided(1, &all, &one, dtype, device_type, device_index, &whole) != 0)
+    return 1;
   void* data = nullptr;
   if (aoti_torch_get_data_ptr(whole, &data) != 0) return 1;
   std::memset(data, 0xff, all * element);
@@ -78,7 +84,8 @@ extern "C" AOTITorchError emulated_empty_strided(int64_t rank, const int64_t* si
 FASTCACHE_EXPORT int64_t emulator_damage() {
   int64_t damaged = 0;
   for (const Guarded& memory : guarded) {
-    for (int64_t i = 0; i < kGuard; ++i) damaged += (memory.data[i] != 0xff) + (memory.data[kGuard + memory.bytes + i] != 0xff);
+    for (int64_t i = 0; i < kGuard; ++i)
+      damaged += (memory.data[i] != 0xff) + (memory.data[kGuard + memory.bytes + i] != 0xff);
   }
   for (AtenTensorHandle handle : kept) aoti_torch_delete_tensor_object(handle);
   guarded.clear();

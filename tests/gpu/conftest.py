@@ -1,8 +1,10 @@
-"""Tests on a GPU: `pytest -m gpu tests/gpu`. Without one they are collected and skipped, each with the reason.
+"""Tests on a GPU: `pytest -m gpu tests/gpu`. Without one they are collected and skipped, each with the
+reason.
 
 FASTCACHE_GPU_TESTS_ON_CPU=1 runs the tests of values on a CPU, with cpp for cuda and eager for triton:
 a rehearsal that checks the tests and no kernel.
 """
+
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 HERE = Path(__file__).parent
-NO_GPU = "" if torch.cuda.is_available() else "torch.cuda.is_available() is False: " + ("this PyTorch is a CPU build" if torch.version.cuda is None else "no GPU, or no driver")
+NO_GPU = (
+    ""
+    if torch.cuda.is_available()
+    else "torch.cuda.is_available() is False: "
+    + ("this PyTorch is a CPU build" if torch.version.cuda is None else "no GPU, or no driver")
+)
 
 REHEARSAL = bool(NO_GPU) and os.environ.get("FASTCACHE_GPU_TESTS_ON_CPU") == "1"
 

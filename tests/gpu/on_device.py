@@ -1,4 +1,5 @@
 """Calls of tests/cases.py on a GPU: the same values, strides and sentinels, in the memory of a device."""
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -37,8 +38,13 @@ def moved(call: cases.Call, device: torch.device) -> cases.Call:
     def view(name: str, tensor: Tensor) -> Tensor:
         return buffers[name].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    arguments = {name: view(name, value) if isinstance(value, Tensor) else value for name, value in call.arguments.items()}
-    arguments["features"] = [view(f"features[{j}]", feature) for j, feature in enumerate(call.arguments["features"])]
+    arguments = {
+        name: view(name, value) if isinstance(value, Tensor) else value
+        for name, value in call.arguments.items()
+    }
+    arguments["features"] = [
+        view(f"features[{j}]", feature) for j, feature in enumerate(call.arguments["features"])
+    ]
     return replace(call, arguments=arguments, buffers=buffers)
 
 

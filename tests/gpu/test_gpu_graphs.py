@@ -1,4 +1,5 @@
 """CUDA graphs: what was captured computes from what its inputs hold when it is replayed."""
+
 import gc
 from dataclasses import replace
 
@@ -8,12 +9,27 @@ import torch
 from cases import FORMS, PRECISIONS, Form, assert_same_bits
 from on_device import available, build, each_kernel_backend, refilled
 
-CAPTURED = ("sum", "packed-gates", "weighted-gates", "float8", "modulated", "packed-rows", "reference", "all", "store", "refresh-after-terms", "float8-refresh", "refresh-all")
+CAPTURED = (
+    "sum",
+    "packed-gates",
+    "weighted-gates",
+    "float8",
+    "modulated",
+    "packed-rows",
+    "reference",
+    "all",
+    "store",
+    "refresh-after-terms",
+    "float8-refresh",
+    "refresh-all",
+)
 
 
 @each_kernel_backend
 @pytest.mark.parametrize("name", CAPTURED)
-def test_a_replay_computes_from_changed_inputs_into_dirty_outputs(name: str, backend: str, device: torch.device) -> None:
+def test_a_replay_computes_from_changed_inputs_into_dirty_outputs(
+    name: str, backend: str, device: torch.device
+) -> None:
     form = replace(FORMS[name].of(PRECISIONS["bf16"]), tokens=33, channels=72)
     call = build(form, device)
     graph, outputs = captured(call, available(backend))
@@ -37,7 +53,11 @@ def test_gates_weights_and_maps_are_read_at_the_replay(backend: str, device: tor
     call = build(form, device)
     graph, outputs = captured(call, available(backend))
     refilled(call, 0)
-    changes = {"gate_index": torch.tensor([2, -1, 1, 0]), "fresh_slots": torch.full((2, 33), -1), "row_slots": torch.full((2, 33), -1)}
+    changes = {
+        "gate_index": torch.tensor([2, -1, 1, 0]),
+        "fresh_slots": torch.full((2, 33), -1),
+        "row_slots": torch.full((2, 33), -1),
+    }
     changes["fresh_slots"][:, 5] = 3
     changes["row_slots"][:, 7] = 1
     for name, values in changes.items():

@@ -1,4 +1,7 @@
-"""Bad indices on a GPU: nothing outside is touched, the result shows it, the flag names it, the session raises."""
+"""Bad indices on a GPU: nothing outside is touched, the result shows it, the flag names it, the session
+raises.
+"""
+
 import pytest
 import torch
 
@@ -24,8 +27,13 @@ def test_a_gate_that_does_not_exist_is_nan(form: str, bad: int, backend: str, de
 
 @each_kernel_backend
 @pytest.mark.parametrize("bad", [4, 2**31 - 1, -2])
-@pytest.mark.parametrize(("form", "name"), [("refresh", "fresh_slots"), ("float8-refresh", "fresh_slots"), ("packed-rows", "row_slots")])
-def test_a_row_that_does_not_exist_is_left_out(form: str, name: str, bad: int, backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("refresh", "fresh_slots"), ("float8-refresh", "fresh_slots"), ("packed-rows", "row_slots")],
+)
+def test_a_row_that_does_not_exist_is_left_out(
+    form: str, name: str, bad: int, backend: str, device: torch.device
+) -> None:
     call, kept = build(FORMS[form], device), build(FORMS[form], device)
     call.arguments[name][1, 2], kept.arguments[name][1, 2] = bad, -1
     assert_same_bits(call.run(available(backend)), kept.run(backend))
@@ -38,6 +46,9 @@ def test_a_row_that_does_not_exist_is_left_out(form: str, name: str, bad: int, b
 def test_a_session_raises_when_it_closes(backend: str, device: torch.device) -> None:
     call = build(FORMS["packed-gates"], device)
     call.arguments["gate_index"][0] = 99
-    with pytest.raises(SessionError, match="^gate_index: a kernel on cuda:0 met an index out of range"), accelerate(small_dit().to(device), FORA(interval=2), num_steps=4):
+    with (
+        pytest.raises(SessionError, match="^gate_index: a kernel on cuda:0 met an index out of range"),
+        accelerate(small_dit().to(device), FORA(interval=2), num_steps=4),
+    ):
         call.run(available(backend))
     assert take_index_errors(device) == ""

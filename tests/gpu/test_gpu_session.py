@@ -1,4 +1,5 @@
 """A session on a GPU: what it computes, and how little it launches."""
+
 import pytest
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -44,7 +45,11 @@ def kernels(call) -> list[str]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))]
+    return [
+        event.name
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+    ]
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -52,7 +57,10 @@ def kernels(call) -> list[str]:
 def test_a_reuse_step_launches_one_kernel_for_the_whole_trunk(backend: str, device: torch.device) -> None:
     model = hosts.small_dit(depth=5).to(device)
     calls = [tuple(tensor.to(device) for tensor in hosts.inputs(step)) for step in range(STEPS)]
-    with use_backend(available(backend)), accelerate(model, FORA(interval=STEPS), STEPS, calls_per_step=1, count_ops=False) as session:
+    with (
+        use_backend(available(backend)),
+        accelerate(model, FORA(interval=STEPS), STEPS, calls_per_step=1, count_ops=False) as session,
+    ):
         session.begin(timesteps=torch.stack([t[0] for _, t, _ in calls]), conditions={"y": calls[0][2]})
         model(*calls[0])
         model(*calls[1])  # compiles, and copies tables of addresses

@@ -1,4 +1,5 @@
 """Streams, the caching allocator, other devices, and no waiting."""
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,22 +28,37 @@ def test_a_kernel_runs_on_the_current_stream(backend: str, device: torch.device)
 
 
 @each_kernel_backend
-def test_memory_that_is_freed_on_a_side_stream_is_not_used_too_early(backend: str, device: torch.device) -> None:
+def test_memory_that_is_freed_on_a_side_stream_is_not_used_too_early(
+    backend: str, device: torch.device
+) -> None:
     side, kept = torch.cuda.Stream(), []
     with use_backend(available(backend)), torch.cuda.stream(side):
         for step in range(50):
-            x, feature = (torch.full((2, 256, 512), value, device=device, dtype=torch.bfloat16) for value in (float(step), 2.0))
+            x, feature = (
+                torch.full((2, 256, 512), value, device=device, dtype=torch.bfloat16)
+                for value in (float(step), 2.0)
+            )
             out = residual_update(x, [feature] * 3).x
             del x, feature
-            torch.full((2, 256, 512), float("nan"), device=device, dtype=torch.bfloat16)  # takes the memory that was freed
+            torch.full(
+                (2, 256, 512), float("nan"), device=device, dtype=torch.bfloat16
+            )  # takes the memory that was freed
             torch.full((2, 256, 512), float("nan"), device=device, dtype=torch.bfloat16)
             kept.append(out)
     side.synchronize()
-    assert [float(out.min()) for out in kept] == [float(out.max()) for out in kept] == [step + 6.0 for step in range(50)]
+    assert (
+        [float(out.min()) for out in kept]
+        == [float(out.max()) for out in kept]
+        == [step + 6.0 for step in range(50)]
+    )
 
 
 @each_kernel_backend
-@pytest.mark.parametrize("form", [UPDATES["all"], SCATTERS["refresh-all"], UPDATES["errors-only"]], ids=["all", "refresh-all", "errors"])
+@pytest.mark.parametrize(
+    "form",
+    [UPDATES["all"], SCATTERS["refresh-all"], UPDATES["errors-only"]],
+    ids=["all", "refresh-all", "errors"],
+)
 def test_no_call_waits_for_the_gpu(form: Form, backend: str, device: torch.device) -> None:
     call = build(form.of(PRECISIONS["bf16"]), device)
     call.run(available(backend))  # compilation and tables of addresses may wait, once
@@ -54,7 +70,9 @@ def test_no_call_waits_for_the_gpu(form: Form, backend: str, device: torch.devic
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_the_self_check_is_not_disturbed_by_a_ban_on_waiting(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_check_is_not_disturbed_by_a_ban_on_waiting(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backends, "_AGREED", {})
     expected = next(name for name in backends.ORDER["cuda"] if backends.status()[name].available)
     torch.cuda.set_sync_debug_mode("error")
@@ -66,7 +84,9 @@ def test_the_self_check_is_not_disturbed_by_a_ban_on_waiting(device: torch.devic
 
 
 @each_kernel_backend
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: the guard of another device is not tested")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="one GPU: the guard of another device is not tested"
+)
 def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
     available(backend)
     other = torch.device("cuda", 1)
@@ -76,13 +96,19 @@ def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
             found = build(form, other).run(backend)
             assert torch.cuda.current_device() == 0
             assert all(tensor.device == other for tensor in found if tensor is not None)
-            assert_same_bits(tuple(None if tensor is None else tensor.cpu() for tensor in found), tuple(None if tensor is None else tensor.cpu() for tensor in expected))
+            assert_same_bits(
+                tuple(None if tensor is None else tensor.cpu() for tensor in found),
+                tuple(None if tensor is None else tensor.cpu() for tensor in expected),
+            )
 
 
 @each_kernel_backend
 def test_a_tensor_on_another_kind_of_device_is_refused_by_name(backend: str, device: torch.device) -> None:
     x = torch.zeros(1, 2, 8, device=device)
-    with use_backend(available(backend)), pytest.raises((ValueError, RuntimeError), match=r"features\[0\]: expected on "):
+    with (
+        use_backend(available(backend)),
+        pytest.raises((ValueError, RuntimeError), match=r"features\[0\]: expected on "),
+    ):
         residual_update(x, torch.zeros(1, 2, 8))
 
 
@@ -91,8 +117,14 @@ def test_a_tensor_on_another_kind_of_device_is_refused_by_name(backend: str, dev
 
 @each_kernel_backend
 @pytest.mark.parametrize("modulate", [False, True], ids=["sum", "rows"])
-@pytest.mark.parametrize(("shape", "strides"), [((2, 1, 64), (2**31 + 64, 64, 1)), ((1, 2, 64), (64, 2**31 + 64, 1))], ids=["batch", "token"])
-def test_strides_beyond_two_to_the_31_elements(shape: tuple[int, ...], strides: tuple[int, ...], modulate: bool, backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((2, 1, 64), (2**31 + 64, 64, 1)), ((1, 2, 64), (64, 2**31 + 64, 1))],
+    ids=["batch", "token"],
+)
+def test_strides_beyond_two_to_the_31_elements(
+    shape: tuple[int, ...], strides: tuple[int, ...], modulate: bool, backend: str, device: torch.device
+) -> None:
     available(backend)
     x = needed(2**31 + 256, device).as_strided(shape, strides)
     x.copy_(torch.randn(shape))

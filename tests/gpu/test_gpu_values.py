@@ -1,11 +1,26 @@
-"""Every form of both operators on a GPU against the definition in float64, and the backends against each other."""
+"""Every form of both operators on a GPU against the definition in float64, and the backends against each
+other.
+"""
+
 from dataclasses import replace
 
 import pytest
 import torch
 
 import cases
-from cases import FORMS, LAYOUTS, PRECISIONS, SCATTERS, UPDATES, VECTOR_SHAPES, Form, assert_within, each_form, exact_update, sum_bound
+from cases import (
+    FORMS,
+    LAYOUTS,
+    PRECISIONS,
+    SCATTERS,
+    UPDATES,
+    VECTOR_SHAPES,
+    Form,
+    assert_within,
+    each_form,
+    exact_update,
+    sum_bound,
+)
 from fastcache import backends
 from fastcache.backends import selfcheck
 from fastcache.ops import Norm
@@ -26,7 +41,9 @@ def test_triton_values_lie_within_the_rounding_bounds(form: Form, device: torch.
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "autocast", "fp32-vectors"])
-@pytest.mark.parametrize("form", [ALL, SCATTERED, SCATTERS["float8-refresh"]], ids=["all", "refresh-all", "float8"])
+@pytest.mark.parametrize(
+    "form", [ALL, SCATTERED, SCATTERS["float8-refresh"]], ids=["all", "refresh-all", "float8"]
+)
 def test_triton_values_in_other_dtypes(form: Form, precision: str, device: torch.device) -> None:
     verify(form.of(PRECISIONS[precision]), "triton", device)
 
@@ -46,7 +63,13 @@ def test_strided_values(name: str, layout: str, backend: str, device: torch.devi
 @each_kernel_backend
 @pytest.mark.parametrize("shape", VECTOR_SHAPES)
 def test_vectors_of_every_shape(shape: str, backend: str, device: torch.device) -> None:
-    verify(Form(terms=2, gate=shape, packed=True, norm=Norm.LAYER, shift=shape, scale=shape, vector_layout="chunk").of(PRECISIONS["bf16"]), backend, device)
+    verify(
+        Form(
+            terms=2, gate=shape, packed=True, norm=Norm.LAYER, shift=shape, scale=shape, vector_layout="chunk"
+        ).of(PRECISIONS["bf16"]),
+        backend,
+        device,
+    )
 
 
 @each_kernel_backend
@@ -54,7 +77,9 @@ def test_vectors_of_every_shape(shape: str, backend: str, device: torch.device) 
 @pytest.mark.parametrize("channels", [1, 7, 72, 1152])
 def test_every_alignment_and_tail(channels: int, offset: int, backend: str, device: torch.device) -> None:
     for form in (UPDATES["gated"], ALL):
-        verify(replace(form.of(PRECISIONS["bf16"]), channels=channels, offset=offset, tokens=5), backend, device)
+        verify(
+            replace(form.of(PRECISIONS["bf16"]), channels=channels, offset=offset, tokens=5), backend, device
+        )
 
 
 @each_kernel_backend
@@ -66,19 +91,31 @@ def test_rows_of_every_width_in_the_table(channels: int, backend: str, device: t
 @each_kernel_backend
 @pytest.mark.parametrize("terms", [0, 1, 64, 65, 1024])
 def test_any_number_of_terms(terms: int, backend: str, device: torch.device) -> None:
-    verify(replace(UPDATES["packed-gates"].of(PRECISIONS["bf16"]), terms=terms, tokens=9, channels=64), backend, device)
-    verify(replace(UPDATES["modulated"].of(PRECISIONS["bf16"]), terms=terms, tokens=9, channels=64), backend, device)
+    verify(
+        replace(UPDATES["packed-gates"].of(PRECISIONS["bf16"]), terms=terms, tokens=9, channels=64),
+        backend,
+        device,
+    )
+    verify(
+        replace(UPDATES["modulated"].of(PRECISIONS["bf16"]), terms=terms, tokens=9, channels=64),
+        backend,
+        device,
+    )
 
 
 @each_kernel_backend
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (2, 0), (1, 1), (3, 256)])
-def test_any_batch_and_any_number_of_tokens_also_none(batch: int, tokens: int, backend: str, device: torch.device) -> None:
+def test_any_batch_and_any_number_of_tokens_also_none(
+    batch: int, tokens: int, backend: str, device: torch.device
+) -> None:
     for name in ("sum", "modulated", "packed-rows", "store"):
         verify(replace(FORMS[name], batch=batch, tokens=tokens), backend, device)
 
 
 @pytest.mark.parametrize("name", ["packed-gates", "weighted-gates", "gated-per-token", "float8"])
-def test_cuda_triton_and_eager_agree_within_the_roundings_of_two_results(name: str, device: torch.device) -> None:
+def test_cuda_triton_and_eager_agree_within_the_roundings_of_two_results(
+    name: str, device: torch.device
+) -> None:
     form = replace(FORMS[name].of(PRECISIONS["bf16"]), tokens=64, channels=1152)
     call = build(form, device)
     exact, magnitude = exact_update(call)
@@ -90,10 +127,16 @@ def test_cuda_triton_and_eager_agree_within_the_roundings_of_two_results(name: s
 
 @each_kernel_backend
 @pytest.mark.parametrize("form", [ALL, SCATTERED], ids=["all", "refresh-all"])
-def test_equal_inputs_give_equal_bits_whatever_else_the_gpu_does(form: Form, backend: str, device: torch.device, gpu_alone: None) -> None:
+def test_equal_inputs_give_equal_bits_whatever_else_the_gpu_does(
+    form: Form, backend: str, device: torch.device, gpu_alone: None
+) -> None:
     backend = available(backend)
     form = replace(form.of(PRECISIONS["bf16"]), tokens=256, channels=1152)
-    expected, noise, side = build(form, device).run(backend), torch.randn(2048, 2048, device=device), torch.cuda.Stream()
+    expected, noise, side = (
+        build(form, device).run(backend),
+        torch.randn(2048, 2048, device=device),
+        torch.cuda.Stream(),
+    )
     for _ in range(20):
         call = build(form, device)
         with torch.cuda.stream(side):
@@ -104,7 +147,10 @@ def test_equal_inputs_give_equal_bits_whatever_else_the_gpu_does(form: Form, bac
 @each_kernel_backend
 def test_a_backend_proves_itself_on_this_gpu(backend: str, device: torch.device) -> None:
     module = backends._module(available(backend))
-    assert {operator: selfcheck.disagreement(module, device, operator) for operator in backends.IMPLEMENTS[backend]} == dict.fromkeys(backends.IMPLEMENTS[backend], "")
+    assert {
+        operator: selfcheck.disagreement(module, device, operator)
+        for operator in backends.IMPLEMENTS[backend]
+    } == dict.fromkeys(backends.IMPLEMENTS[backend], "")
 
 
 def test_the_first_available_backend_is_the_one_that_is_chosen(device: torch.device, gpu_alone: None) -> None:
@@ -115,7 +161,12 @@ def test_the_first_available_backend_is_the_one_that_is_chosen(device: torch.dev
 def test_the_operator_compiles_as_one_graph_and_agrees(device: torch.device, gpu_alone: None) -> None:
     from fastcache.ops import residual_update
 
-    x, feature, gate = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((2, 64, 256), (2, 64, 256), (2, 256)))
-    compiled = torch.compile(lambda x, feature, gate: residual_update(x * 2, feature, gate).x + 1, fullgraph=True)
+    x, feature, gate = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16)
+        for shape in ((2, 64, 256), (2, 64, 256), (2, 256))
+    )
+    compiled = torch.compile(
+        lambda x, feature, gate: residual_update(x * 2, feature, gate).x + 1, fullgraph=True
+    )
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, feature, gate), residual_update(x * 2, feature, gate).x + 1)

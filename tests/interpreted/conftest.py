@@ -2,6 +2,7 @@
 
 The switch is read when Triton is imported, so these tests have a run of their own.
 """
+
 import os
 import sys
 from pathlib import Path

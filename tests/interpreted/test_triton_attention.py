@@ -1,4 +1,5 @@
 """attention_received in Triton's interpreter, against the map in float64."""
+
 import pytest
 import torch
 
@@ -6,8 +7,12 @@ import fastcache
 from fastcache.backends import triton as backend
 from fastcache.ops import attention_received
 
-# the interpreter truncates fp32 -> bf16 and multiplies bf16 by no rule of the hardware: fp32 and fp16 are tests of values
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5}  # inputs are what they are; sums and products are float32
+# the interpreter truncates fp32 -> bf16 and multiplies bf16 by no rule of the hardware: fp32 and fp16 are
+# tests of values
+TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.float16: 2e-5,
+}  # inputs are what they are; sums and products are float32
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -26,7 +31,12 @@ def verify(q: torch.Tensor, k: torch.Tensor, scale: float | None = None, toleran
     for lse in (logits.logsumexp(-1).float(), None):
         found = backend.attention_received(q, k, lse, scale)
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance or TOLERANCE[q.dtype], atol=tolerance or TOLERANCE[q.dtype])
+        torch.testing.assert_close(
+            found.double(),
+            expected,
+            rtol=tolerance or TOLERANCE[q.dtype],
+            atol=tolerance or TOLERANCE[q.dtype],
+        )
 
 
 @each_dtype
@@ -42,7 +52,9 @@ def test_heads_of_any_other_width(d: int, dtype: torch.dtype) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize(("N", "M"), [(1, 1), (1, 130), (130, 1), (16, 64), (64, 16), (63, 65), (5, 300), (300, 77)])
+@pytest.mark.parametrize(
+    ("N", "M"), [(1, 1), (1, 130), (130, 1), (16, 64), (64, 16), (63, 65), (5, 300), (300, 77)]
+)
 def test_any_number_of_queries_and_keys(N: int, M: int, dtype: torch.dtype) -> None:
     verify(random(1, 2, N, 16, dtype=dtype), random(1, 2, M, 16, dtype=dtype, seed=1))
 
@@ -54,7 +66,7 @@ def test_wide_tiles_give_the_same_sums() -> None:
 @each_dtype
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_views_of_a_packed_projection_are_read_as_they_are(offset: int, dtype: torch.dtype) -> None:
-    qkv = random(2, 37, 3, 4, 24 + 8, dtype=dtype)[..., offset:offset + 24]
+    qkv = random(2, 37, 3, 4, 24 + 8, dtype=dtype)[..., offset : offset + 24]
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
     verify(q, k)
 
@@ -64,7 +76,9 @@ def test_a_scale_of_ones_own() -> None:
 
 
 def test_logits_far_from_zero_do_not_overflow() -> None:
-    verify(random(1, 2, 40, 16) * 30, random(1, 2, 40, 16, seed=1) * 30, tolerance=4096 * 2.0**-22)  # logits of up to 4096 in float32
+    verify(
+        random(1, 2, 40, 16) * 30, random(1, 2, 40, 16, seed=1) * 30, tolerance=4096 * 2.0**-22
+    )  # logits of up to 4096 in float32
 
 
 def test_a_token_with_nan_spoils_the_sums_of_its_own_head_mean_alone() -> None:
@@ -84,4 +98,9 @@ def test_the_public_operator_runs_it_where_triton_is_forced() -> None:
     q, k = random(1, 2, 9, 16), random(1, 2, 9, 16, seed=1)
     with fastcache.use_backend("triton"):
         assert fastcache.backends.choose(q.device, q.dtype, "attention_received") is backend
-        torch.testing.assert_close(attention_received(q, k).double(), logits_of(q, k).softmax(-1).mean(1).sum(1), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(
+            attention_received(q, k).double(),
+            logits_of(q, k).softmax(-1).mean(1).sum(1),
+            rtol=2e-5,
+            atol=2e-5,
+        )

@@ -1,4 +1,5 @@
 """Every form of both operators in Triton's interpreter, against the definition in float64."""
+
 import pytest
 import torch
 
@@ -28,7 +29,19 @@ def test_strided_values_lie_within_the_rounding_bounds(name: str, layout: str) -
 @pytest.mark.parametrize("offset", [0, 1, 3, 8])
 @pytest.mark.parametrize("channels", [1, 7, 8, 72, 136, 260])
 def test_any_alignment_and_number_of_channels(channels: int, offset: int) -> None:
-    verify(Form(terms=3, gate="BD", packed=True, channels=channels, offset=offset, norm=Norm.LAYER, shift="BD", scale="BD"), "triton")
+    verify(
+        Form(
+            terms=3,
+            gate="BD",
+            packed=True,
+            channels=channels,
+            offset=offset,
+            norm=Norm.LAYER,
+            shift="BD",
+            scale="BD",
+        ),
+        "triton",
+    )
     verify(Form(terms=3, gate="BD", packed=True, channels=channels, offset=offset), "triton")
 
 
@@ -46,19 +59,69 @@ def test_an_index_out_of_range_sets_the_flag_and_writes_nothing_outside() -> Non
         backend.residual_update(x, [feature], gates, torch.tensor([2], dtype=torch.int32))
     launch = backend._launch
     for bad in (2, 7, 2**31 - 1, -2):  # a gate that does not exist is NaN, as in CUDA
-        out = launch(x, [feature], 1, None, None, None, None, gates, torch.tensor([bad], dtype=torch.int32), None, None, 0, None, None, None, None, 1e-6, None, 0, None, True)[0]
+        out = launch(
+            x,
+            [feature],
+            1,
+            None,
+            None,
+            None,
+            None,
+            gates,
+            torch.tensor([bad], dtype=torch.int32),
+            None,
+            None,
+            0,
+            None,
+            None,
+            None,
+            None,
+            1e-6,
+            None,
+            0,
+            None,
+            True,
+        )[0]
         assert out.isnan().all() and take_index_errors(x.device) == "gate_index" and int(flag) == 0
     slots = torch.tensor([[0, 9, -1, 1]], dtype=torch.int32)
     slot, fresh = torch.zeros(1, 4, 8), torch.ones(1, 2, 8)
-    launch(x, [], 0, slot, fresh, slots, None, None, None, None, None, 0, None, None, None, None, 1e-6, None, 0, None, True)
+    launch(
+        x,
+        [],
+        0,
+        slot,
+        fresh,
+        slots,
+        None,
+        None,
+        None,
+        None,
+        None,
+        0,
+        None,
+        None,
+        None,
+        None,
+        1e-6,
+        None,
+        0,
+        None,
+        True,
+    )
     assert int(flag) == 2 and slot.sum(-1).tolist() == [[8, 0, 0, 8]]
     assert take_index_errors(x.device) == "fresh_slots or row_slots"
 
 
 @pytest.mark.parametrize("norm", [Norm.NONE, Norm.IDENTITY], ids=["sum", "rows"])
-@pytest.mark.parametrize(("shape", "strides"), [((2, 1, 8), (2**31, 8, 1)), ((1, 2, 8), (8, 2**31, 1))], ids=["batch", "token"])
-def test_strides_beyond_two_to_the_31_elements(shape: tuple[int, ...], strides: tuple[int, ...], norm: Norm) -> None:
-    x = torch.empty(2**31 + 8, dtype=torch.float16).as_strided(shape, strides)  # pages that are not touched take no memory
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((2, 1, 8), (2**31, 8, 1)), ((1, 2, 8), (8, 2**31, 1))], ids=["batch", "token"]
+)
+def test_strides_beyond_two_to_the_31_elements(
+    shape: tuple[int, ...], strides: tuple[int, ...], norm: Norm
+) -> None:
+    x = torch.empty(2**31 + 8, dtype=torch.float16).as_strided(
+        shape, strides
+    )  # pages that are not touched take no memory
     x.copy_(torch.randn(shape))
     with fastcache.use_backend("triton"):
         assert torch.equal(fastcache.ops.residual_update(x, x, norm=norm).x, (x + x).contiguous())

@@ -40,7 +40,9 @@ struct Vector {
   int64_t span = 1;
   Type type = Type::kFloat32;
 
-  FASTCACHE_INLINE const char* at(int64_t b, int64_t n) const { return data + b * batch + (row ? n / span * row : 0); }
+  FASTCACHE_INLINE const char* at(int64_t b, int64_t n) const {
+    return data + b * batch + (row ? n / span * row : 0);
+  }
   FASTCACHE_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
@@ -55,7 +57,7 @@ struct Term {
 // Fresh rows that go into the slot (the feature of term `position`) before the sum.
 struct Store {
   Rows slot;
-  Rows slot_scale;         // [B, N] float32
+  Rows slot_scale;  // [B, N] float32
   Rows fresh;
   const int32_t* source = nullptr;  // [B, N] contiguous, row of `fresh` or -1; nullptr: token n takes row n
 };

@@ -38,7 +38,8 @@ struct ErrorPlan {
   const Rows* newest = nullptr;
   const Rows* earlier = nullptr;
   int64_t blocks_per_layer = 0;  // a block of kErrorRows rows of one layer is the work unit
-  double* sums = nullptr;        // [layers, blocks_per_layer, 1 + lookaheads]: sum|newest|, then sum|earlier - newest|
+  double* sums =
+      nullptr;  // [layers, blocks_per_layer, 1 + lookaheads]: sum|newest|, then sum|earlier - newest|
 };
 
 // attention_received: strides of q, k in bytes, of lse in elements.

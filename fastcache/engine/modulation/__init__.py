@@ -1,1 +1,3 @@
-"""Shifts, scales and gates of a step: a table of all steps where they were announced, or all gates in one product."""
+"""Shifts, scales and gates of a step: a table of all steps where they were announced, or all gates in one
+product.
+"""

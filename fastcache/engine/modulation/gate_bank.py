@@ -6,6 +6,7 @@ one per gate, which at small batches costs more than the trunk. The copies are m
 host's weight is another tensor or was written (LoRA merges, loading, offloading, `.to()`); whether
 the projections are plain is asked once a generation.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,9 @@ class _Copies:
 
 
 class GateBank:
-    """Gates [L * G, B, D] of all blocks from a condition [B, C], row G * block + g; other vectors block by block."""
+    """Gates [L * G, B, D] of all blocks from a condition [B, C], row G * block + g; other vectors block by
+    block.
+    """
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -38,7 +41,9 @@ class GateBank:
         """Bytes of copied weights."""
         if self._copies is None:
             return 0
-        return sum(t.numel() * t.element_size() for t in (self._copies.weight, self._copies.bias) if t is not None)
+        return sum(
+            t.numel() * t.element_size() for t in (self._copies.weight, self._copies.bias) if t is not None
+        )
 
     @property
     def vectors_held(self) -> tuple[int, ...]:
@@ -63,16 +68,26 @@ class GateBank:
             return None
         if self._copies is None or self._copies.state != state:
             self._copies = None  # freed before its successor is made
-            if sum(len(p.gates) * p.width * p.linear.in_features * p.linear.weight.element_size() for p in projections) > MOST_BYTES:
+            if (
+                sum(
+                    len(p.gates) * p.width * p.linear.in_features * p.linear.weight.element_size()
+                    for p in projections
+                )
+                > MOST_BYTES
+            ):
                 return None
             self._copies = _copied(projections, state)
         made = F.linear(self._activation(projections[0], condition), self._copies.weight, self._copies.bias)
         return made.unflatten(-1, (-1, projections[0].width)).transpose(0, 1)
 
     def vectors(self, number: int, first: int, last: int, condition: Tensor) -> Tensor:
-        """[B, last - first, D]: vectors first .. last - 1 of one block, from its own weights; only after `gates` gave some."""
+        """[B, last - first, D]: vectors first .. last - 1 of one block, from its own weights; only after
+        `gates` gave some.
+        """
         projection = self._projections[number]
-        return F.linear(self._activation(projection, condition), *projection.rows(first, last)).unflatten(-1, (last - first, -1))
+        return F.linear(self._activation(projection, condition), *projection.rows(first, last)).unflatten(
+            -1, (last - first, -1)
+        )
 
     def _activation(self, projection: GateProjection, condition: Tensor) -> Tensor:
         known, activated = self._activated
@@ -94,7 +109,9 @@ def _state(projections: list[GateProjection]) -> tuple | None:
     """What changes if any weight is replaced or written; None where that cannot be told."""
     weights, biases = [p.linear.weight for p in projections], [p.linear.bias for p in projections]
     tensors = weights + [bias for bias in biases if bias is not None]
-    alike = all(w.dtype == weights[0].dtype and w.device == weights[0].device for w in weights) and len(tensors) in (len(weights), 2 * len(weights))
+    alike = all(w.dtype == weights[0].dtype and w.device == weights[0].device for w in weights) and len(
+        tensors
+    ) in (len(weights), 2 * len(weights))
     if not alike or any(t.is_inference() for t in tensors):
         return None
     return tuple((t.data_ptr(), t._version) for t in tensors)

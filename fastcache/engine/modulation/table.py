@@ -3,6 +3,7 @@
 They depend on timestep and condition only. Where both are known before the first step, the host's
 own modules run once with all steps as the batch, and later steps only index the result.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,14 @@ class ModulationTable:
 
     def verify(self, condition: Tensor) -> None:
         """Raise SessionError if the first step's condition is not the one that was announced."""
-        if condition.shape != self.first.shape or not torch.allclose(condition.float(), self.first.float(), rtol=1e-2, atol=1e-3):
-            raise SessionError("begin: the timesteps or conditions that were announced are not those that the model was called with; pass what the model gets (t at each step, y of the whole CFG batch), or begin without them")
+        if condition.shape != self.first.shape or not torch.allclose(
+            condition.float(), self.first.float(), rtol=1e-2, atol=1e-3
+        ):
+            raise SessionError(
+                "begin: the timesteps or conditions that were announced are not those that the model was"
+                " called with; pass what the model gets (t at each step, y of the whole CFG batch), or begin"
+                " without them"
+            )
 
 
 @torch.no_grad()
@@ -42,11 +49,13 @@ def build_table(host: Host, timesteps: Tensor, conditions: dict[str, Tensor]) ->
         per_step = B * host.vectors * condition.shape[-1] * condition.element_size()
         stride = max(1, CHUNK_BYTES // max(1, per_step))
         for start in range(0, S, stride):
-            some = condition[start:start + stride]
+            some = condition[start : start + stride]
             part = host.modulation(block, some.flatten(0, 1)).unflatten(0, some.shape[:2])  # [s, B, V, D]
             if vectors is None:
                 vectors = part.new_empty(S, len(host.blocks) * host.vectors, B, part.shape[-1])
-            vectors[start:start + stride, index * host.vectors:(index + 1) * host.vectors] = part.transpose(1, 2)
+            vectors[start : start + stride, index * host.vectors : (index + 1) * host.vectors] = (
+                part.transpose(1, 2)
+            )
     return ModulationTable(vectors, condition[0].clone())
 
 

@@ -3,6 +3,7 @@
 Rows are the refreshed branches of the schedule, in execution order. Where scores are fixed before
 the step, one launch chooses for every branch of the step.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -32,7 +33,12 @@ class TokenSelector:
         """These branches are computed in full now: their ages are zero again."""
         B, N, _ = x.shape
         rows = sorted(self._rows[branch] for branch in branches if branch in self._rows)
-        if self._ages is None or self._ages.shape[1:] != (B, N) or self._ages.device != x.device or len(rows) == len(self._rows):
+        if (
+            self._ages is None
+            or self._ages.shape[1:] != (B, N)
+            or self._ages.device != x.device
+            or len(rows) == len(self._rows)
+        ):
             self._ages = torch.zeros(len(self._rows), B, N, dtype=torch.int32, device=x.device)
             return
         for first, last in runs(rows):
@@ -42,7 +48,11 @@ class TokenSelector:
         """Keep the base score that the tapped attention gives to `branch`."""
         if branch not in self._rows:
             return
-        score = value_norm(tap.v) if self._selection.score is Score.KV_NORM else attention_received(tap.q, tap.k, tap.lse, tap.scale)
+        score = (
+            value_norm(tap.v)
+            if self._selection.score is Score.KV_NORM
+            else attention_received(tap.q, tap.k, tap.lse, tap.scale)
+        )
         self._scores[self._rows[branch]] = score
         self._stacked = None
 
@@ -58,7 +68,11 @@ class TokenSelector:
                 self._ages[first:last].add_(1)
                 continue
             score = self._base(first, last, drawn, (last - first, B, N), x.device)
-            slots = self._select(score.flatten(0, 1), self._ages[first:last].view(-1, N), [count for count in counts for _ in range(B)]).view(last - first, B, N)
+            slots = self._select(
+                score.flatten(0, 1),
+                self._ages[first:last].view(-1, N),
+                [count for count in counts for _ in range(B)],
+            ).view(last - first, B, N)
             for row in range(first, last):
                 branch, count = rows[row], counts[row - first]
                 if count:
@@ -88,11 +102,20 @@ class TokenSelector:
     def _select(self, score: Tensor, ages: Tensor, counts: list[int]) -> Tensor:
         selection, N = self._selection, score.shape[1]
         return select_tokens_(
-            score, ages, constant_row(tuple(counts), torch.int32, score.device), max(counts), age_weight=selection.age_weight, normalize=selection.score.normalized,
-            width=token_grid_side(N, selection.cell) if selection.cell else 0, cell=selection.cell, bonus=selection.bonus,
+            score,
+            ages,
+            constant_row(tuple(counts), torch.int32, score.device),
+            max(counts),
+            age_weight=selection.age_weight,
+            normalize=selection.score.normalized,
+            width=token_grid_side(N, selection.cell) if selection.cell else 0,
+            cell=selection.cell,
+            bonus=selection.bonus,
         ).slots
 
-    def _base(self, first: int, last: int, drawn: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def _base(
+        self, first: int, last: int, drawn: Tensor | None, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
         score = self._selection.score
         if score is Score.STRAIGHT:
             return torch.ones(shape, device=device)
@@ -112,14 +135,19 @@ class TokenSelector:
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self._selection.seed)
         halves = 2 if B % 2 == 0 else 1
-        return torch.rand(len(self._rows), B // halves, N, device=device, generator=self._generator).repeat(1, halves, 1)
+        return torch.rand(len(self._rows), B // halves, N, device=device, generator=self._generator).repeat(
+            1, halves, 1
+        )
 
 
 def token_grid_side(tokens: int, cell: int) -> int:
     """Tokens a line of a square grid whose side `cell` divides. Raises ScheduleError if there is none."""
     side = math.isqrt(tokens)
     if side * side != tokens or side % cell:
-        raise ScheduleError(f"cell: the spatial bonus needs a square token grid whose side {cell} divides, got {tokens} tokens; use a policy or a Selection without a bonus (cell=0, bonus=0)")
+        raise ScheduleError(
+            f"cell: the spatial bonus needs a square token grid whose side {cell} divides, got {tokens}"
+            " tokens; use a policy or a Selection without a bonus (cell=0, bonus=0)"
+        )
     return side
 
 

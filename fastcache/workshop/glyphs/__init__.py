@@ -2,6 +2,7 @@
 
 The weights live in `weights/` of a checkout, outside the wheel.
 """
+
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ MAKE_COMMANDS = {
 
 
 def load_glyph_dit() -> DiT:
-    """The shipped DiT: 32 x 32 RGB, 36 classes and no class (36), v-prediction; float32, eval mode, on the CPU."""
+    """The shipped DiT: 32 x 32 RGB, 36 classes and no class (36), v-prediction; float32, eval mode, on the
+    CPU.
+    """
     return DiT.from_checkpoint(weights_path("glyph-dit.safetensors"))
 
 

@@ -1,7 +1,8 @@
 """A small CNN that reads Glyphs-36: class accuracy, and features for Frechet distances.
 
-    python -m fastcache.workshop.glyphs.classifier --out weights/glyph-classifier.safetensors
+python -m fastcache.workshop.glyphs.classifier --out weights/glyph-classifier.safetensors
 """
+
 import argparse
 import json
 import time
@@ -43,11 +44,18 @@ class GlyphClassifier(nn.Module):
 
 def _stage(inner: int, outer: int) -> tuple[nn.Module, ...]:
     """Half the side, `outer` channels."""
-    return nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.GELU(), nn.MaxPool2d(2)
+    return (
+        nn.Conv2d(inner, outer, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outer),
+        nn.GELU(),
+        nn.MaxPool2d(2),
+    )
 
 
 def augment(pictures: Tensor) -> Tensor:
-    """Training pictures as imperfect as sampled ones: noise, blur, faded contrast, a pixel or two of shift."""
+    """Training pictures as imperfect as sampled ones: noise, blur, faded contrast, a pixel or two of
+    shift.
+    """
     count = len(pictures)
     shift = torch.randint(-2, 3, (2,)).tolist()
     pictures = pictures.roll(shift, dims=(2, 3))

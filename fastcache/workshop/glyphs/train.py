@@ -5,6 +5,7 @@
 Saves the moving average of the weights in float16. An interrupted run goes on where it stopped, from
 the `.resume.pt` file beside `--out`, which is removed at the end.
 """
+
 import argparse
 import math
 import time
@@ -52,14 +53,18 @@ class Run:
 
     @classmethod
     def start(cls, device: str) -> "Run":
-        """A fresh run. Labels start further apart than the family's: in a short training they must tell early."""
+        """A fresh run. Labels start further apart than the family's: in a short training they must tell
+        early.
+        """
         torch.manual_seed(0)
         model = DiT.from_config(CONFIG).to(device)
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.5)
         average = DiT.from_config(CONFIG).to(device).requires_grad_(False)
         average.load_state_dict(model.state_dict())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return cls(model, average, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98)))
+        return cls(
+            model, average, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
+        )
 
     def save(self, path: Path) -> None:
         """Write everything to `path`."""

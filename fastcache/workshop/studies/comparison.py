@@ -1,4 +1,5 @@
 """What the demo and the quality run have in common: the settings compared, and how each of them samples."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,9 @@ class Sampler:
     seed: int = 0
     batch_size: int = 9
 
-    def run(self, model: DiT, indices: Sequence[int], policy: Policy | None, *, progress: bool = False) -> Samples:
+    def run(
+        self, model: DiT, indices: Sequence[int], policy: Policy | None, *, progress: bool = False
+    ) -> Samples:
         """Pictures `indices` of the glyph model; picture i shows class i mod 36, on its own noise."""
         return sample(
             model,

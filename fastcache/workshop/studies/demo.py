@@ -1,4 +1,7 @@
-"""`fastcache demo`: the glyph model uncached and under FORA, ToCa, DuCa and TaylorSeer, on the same noise; pictures, plans and a report."""
+"""`fastcache demo`: the glyph model uncached and under FORA, ToCa, DuCa and TaylorSeer, on the same noise;
+pictures, plans and a report.
+"""
+
 import json
 import statistics
 from collections.abc import Sequence
@@ -70,17 +73,27 @@ class Measurement:
 
 
 def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> DemoReport:
-    """A picture of each class under every setting, `rounds` times; grid.png, steps.png, tokens.png and report.json in `out`."""
+    """A picture of each class under every setting, `rounds` times; grid.png, steps.png, tokens.png and
+    report.json in `out`.
+    """
     model, classifier = load_glyph_dit(), load_classifier()
     found = _measure(model, rounds, sampler)
     rows = [_row(setting, found, classifier) for setting in SETTINGS]
     report = DemoReport(environment(), sampler, len(PICTURES), rounds, rows)
     out.mkdir(parents=True, exist_ok=True)
-    draw_grid([GridRow(row.setting, _captions(row), to_pixels(found[row.setting].pictures)) for row in rows], out / "grid.png")
-    draw_schedules({s.name: found[s.name].last.schedule for s in SETTINGS if s.policy is not None}, out / "steps.png")
+    draw_grid(
+        [GridRow(row.setting, _captions(row), to_pixels(found[row.setting].pictures)) for row in rows],
+        out / "grid.png",
+    )
+    draw_schedules(
+        {s.name: found[s.name].last.schedule for s in SETTINGS if s.policy is not None}, out / "steps.png"
+    )
     refreshing = {s.name: s.policy for s in SETTINGS if isinstance(s.policy, TokenRefresh)}
     # recording waits for every step, so it has a run of its own
-    draw_tokens({name: record_tokens(model, policy, sampler, TOKEN_PICTURES) for name, policy in refreshing.items()}, out / "tokens.png")
+    draw_tokens(
+        {name: record_tokens(model, policy, sampler, TOKEN_PICTURES) for name, policy in refreshing.items()},
+        out / "tokens.png",
+    )
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -89,7 +102,9 @@ def _measure(model: DiT, rounds: int, sampler: Sampler) -> dict[str, Measurement
     """Settings take turns batch by batch, so that a busy machine slows all of them alike."""
     with needs_extra("demo"):
         from tqdm import tqdm
-    batches = [PICTURES[first : first + sampler.batch_size] for first in range(0, len(PICTURES), sampler.batch_size)]
+    batches = [
+        PICTURES[first : first + sampler.batch_size] for first in range(0, len(PICTURES), sampler.batch_size)
+    ]
     found = {}
     with tqdm(total=(rounds * len(batches) + 1) * len(SETTINGS), unit="batch") as bar:
         for setting in SETTINGS:
@@ -132,7 +147,9 @@ def _row(setting: Setting, found: dict[str, Measurement], classifier: GlyphClass
         speedup_of_fastest=min(uncached.seconds_per_picture) / min(own.seconds_per_picture),
         ideal_speedup=summary.ideal_speedup,
         quotient=speedup / summary.ideal_speedup,
-        psnr_db=None if own is uncached else float(psnr(own.pictures, uncached.pictures, value_range=2).mean()),
+        psnr_db=(
+            None if own is uncached else float(psnr(own.pictures, uncached.pictures, value_range=2).mean())
+        ),
         accuracy=accuracy(read(classifier, own.pictures)[1], labels_of(PICTURES)),
         steps=summary.steps,
         feature_bytes=summary.bytes_held,

@@ -1,4 +1,5 @@
 """A labelled grid of pictures as a PNG."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ class GridRow:
 
 
 def draw_grid(rows: Sequence[GridRow], path: Path) -> None:
-    """One band per row, each in lines of 18 pictures, to `path`. Needs Pillow and matplotlib's fonts (extra `demo`)."""
+    """One band per row, each in lines of 18 pictures, to `path`. Needs Pillow and matplotlib's fonts (extra
+    `demo`).
+    """
     with needs_extra("demo"):
         import matplotlib
         from PIL import Image, ImageDraw, ImageFont
@@ -49,5 +52,7 @@ def _tile(pictures: np.ndarray) -> np.ndarray:
     side = pictures.shape[1]
     padded = np.full((lines * COLUMNS, side, side, 3), 255, np.uint8)
     padded[: len(pictures)] = pictures
-    tiled = padded.reshape(lines, COLUMNS, side, side, 3).swapaxes(1, 2).reshape(lines * side, COLUMNS * side, 3)
+    tiled = (
+        padded.reshape(lines, COLUMNS, side, side, 3).swapaxes(1, 2).reshape(lines * side, COLUMNS * side, 3)
+    )
     return tiled.repeat(SCALE, axis=0).repeat(SCALE, axis=1)

@@ -1,4 +1,5 @@
 """`fastcache quality`: many pictures per setting, judged by Frechet distance, class accuracy and PSNR."""
+
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,9 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityReport:
-    """The whole of `report.json`. `floor`: Frechet distance between two halves of real pictures, as many in each."""
+    """The whole of `report.json`. `floor`: Frechet distance between two halves of real pictures, as many in
+    each.
+    """
 
     environment: Environment
     sampler: Sampler
@@ -46,7 +49,9 @@ class QualityReport:
     rows: list[QualityRow]
 
 
-def run_quality(out: Path, *, per_class: int = 28, sampler: Sampler = Sampler(batch_size=36)) -> QualityReport:
+def run_quality(
+    out: Path, *, per_class: int = 28, sampler: Sampler = Sampler(batch_size=36)
+) -> QualityReport:
     """36 * per_class pictures under every setting; `report.json` in `out`.
 
     The pictures of a finished setting are kept in `out` and not sampled again by a later run with the
@@ -86,7 +91,9 @@ def _pictures_of(setting: Setting, out: Path, per_class: int, sampler: Sampler) 
     return made
 
 
-def _row(setting: Setting, made: dict[str, Pictures], classifier: GlyphClassifier, real: np.ndarray) -> QualityRow:
+def _row(
+    setting: Setting, made: dict[str, Pictures], classifier: GlyphClassifier, real: np.ndarray
+) -> QualityRow:
     own, uncached = made[setting.name], made[UNCACHED.name]
     features, logits = read(classifier, dataset.to_model_range(own.pictures))
     return QualityRow(
@@ -94,6 +101,8 @@ def _row(setting: Setting, made: dict[str, Pictures], classifier: GlyphClassifie
         policy=setting.fields(),
         frechet_distance=frechet_distance(features, real),
         accuracy=accuracy(logits, labels_of(range(len(own.pictures)))),
-        psnr_db=None if own is uncached else float(psnr(own.pictures, uncached.pictures, value_range=255).mean()),
+        psnr_db=(
+            None if own is uncached else float(psnr(own.pictures, uncached.pictures, value_range=255).mean())
+        ),
         seconds_per_picture=own.seconds / len(own.pictures),
     )

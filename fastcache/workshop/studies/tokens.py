@@ -1,4 +1,5 @@
 """Which tokens a policy refreshed at which step, drawn over the pictures (`tokens.png` of the demo)."""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -23,12 +24,21 @@ STRIP = 5  # tokens' height of the strip under the chart that shows the kind of 
 DIMMED = 0.35  # of a picture's brightness, where no layer refreshed
 OVERLAY = "#ffb030"
 OPACITY = 0.95  # of the overlay where every layer refreshed
-BAR_COLOURS = {"full": COLOURS["C"], "partial": "#d98a1f", "skip": COLOURS["S"], "mixed": "#8d5a2b", "reuse": COLOURS["R"], "forecast": COLOURS["F"]}
+BAR_COLOURS = {
+    "full": COLOURS["C"],
+    "partial": "#d98a1f",
+    "skip": COLOURS["S"],
+    "mixed": "#8d5a2b",
+    "reuse": COLOURS["R"],
+    "forecast": COLOURS["F"],
+}
 
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """One run with its tokens recorded. shares: by step [n, N] in 0..1, the share of layers that refreshed a token."""
+    """One run with its tokens recorded. shares: by step [n, N] in 0..1, the share of layers that refreshed a
+    token.
+    """
 
     pictures: np.ndarray  # [n, S, S, 3] uint8
     schedule: Schedule
@@ -44,11 +54,17 @@ class TokenRecord:
 
 def record_tokens(model: DiT, policy: Policy, sampler: Sampler, indices: Sequence[int]) -> TokenRecord:
     """Pictures `indices` of the glyph model under a policy that refreshes tokens, in one batch."""
-    with accelerate(model, policy, num_steps=sampler.steps, calls_per_step=1, count_ops=False, record_tokens=True) as session:
+    with accelerate(
+        model, policy, num_steps=sampler.steps, calls_per_step=1, count_ops=False, record_tokens=True
+    ) as session:
         samples = sampler.run(model, indices, None)
         tokens = dict(session.tokens)
     schedule = session.schedule
-    return TokenRecord(to_pixels(samples.pictures), schedule, {step: _share(found, schedule, len(indices)) for step, found in tokens.items() if found})
+    return TokenRecord(
+        to_pixels(samples.pictures),
+        schedule,
+        {step: _share(found, schedule, len(indices)) for step, found in tokens.items() if found},
+    )
 
 
 def _share(chosen: Mapping[int, Tensor], schedule: Schedule, pictures: int) -> np.ndarray:
@@ -75,7 +91,13 @@ def draw_tokens(records: Mapping[str, TokenRecord], path: Path) -> None:
         count = len(record.pictures)
         above, below = band.subfigures(2, 1, height_ratios=(1.25 * count + 0.5, 1.8))
         kinds = ", ".join(f"{number} {kind}" for kind, number in record.schedule.kinds().items())
-        above.suptitle(f"{name}: {kinds}; ideal speedup {record.schedule.ideal_speedup():.2f}x", fontsize=10, x=0.01, ha="left", weight="bold")
+        above.suptitle(
+            f"{name}: {kinds}; ideal speedup {record.schedule.ideal_speedup():.2f}x",
+            fontsize=10,
+            x=0.01,
+            ha="left",
+            weight="bold",
+        )
         _pictures(above, record)
         _scale(above)
         _chart(below, record)
@@ -102,14 +124,25 @@ def _scale(figure: Any) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
-    shades = [overlaid(np.full((1, 1, 3), 90, np.uint8), np.array([share]))[0, 0] / 255 for share in np.linspace(0, 1, 64)]
-    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(shades)), ax=figure.axes, fraction=0.012, pad=0.006, ticks=(0, 0.5, 1))
+    shades = [
+        overlaid(np.full((1, 1, 3), 90, np.uint8), np.array([share]))[0, 0] / 255
+        for share in np.linspace(0, 1, 64)
+    ]
+    bar = figure.colorbar(
+        ScalarMappable(cmap=ListedColormap(shades)),
+        ax=figure.axes,
+        fraction=0.012,
+        pad=0.006,
+        ticks=(0, 0.5, 1),
+    )
     bar.ax.set_yticklabels(("0 %", "50 %", "100 %"), fontsize=7)
     bar.set_label("layers that refreshed the token", fontsize=7)
 
 
 def overlaid(picture: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """A grey, dimmed picture [S, S, 3] uint8 on which token t is tinted by shares[t] in 0..1; tokens row by row."""
+    """A grey, dimmed picture [S, S, 3] uint8 on which token t is tinted by shares[t] in 0..1; tokens row by
+    row.
+    """
     side, grid = picture.shape[0], isqrt(len(shares))
     grey = picture.mean(axis=2, keepdims=True) / 255
     tint = np.array([int(OVERLAY[i : i + 2], 16) for i in (1, 3, 5)]) / 255
@@ -120,7 +153,9 @@ def overlaid(picture: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def _chart(figure: Any, record: TokenRecord) -> None:
-    """Tokens computed by step: a bar of the mean over branches that refresh, a line from the fewest to the most."""
+    """Tokens computed by step: a bar of the mean over branches that refresh, a line from the fewest to the
+    most.
+    """
     from matplotlib.patches import Patch
 
     axis = figure.subplots(1, 1)
@@ -138,9 +173,20 @@ def _chart(figure: Any, record: TokenRecord) -> None:
     axis.set_ylim(-STRIP, record.schedule.layout.tokens * 1.03)
     axis.axhline(0, color="#222222", linewidth=0.8)
     axis.set_ylabel("tokens computed\nby a layer", fontsize=8)
-    axis.set_xlabel("step in execution order; numbered: shown above. Lines: fewest to most of the layers. Strip: kind of step", fontsize=8)
+    axis.set_xlabel(
+        "step in execution order; numbered: shown above. Lines: fewest to most of the layers. Strip: kind of"
+        " step",
+        fontsize=8,
+    )
     axis.tick_params(axis="y", labelsize=7)
-    axis.legend(handles=[Patch(color=BAR_COLOURS[kind], label=kind) for kind in kinds], fontsize=7, ncols=len(kinds), loc="upper left", bbox_to_anchor=(0, 1.2), frameon=False)
+    axis.legend(
+        handles=[Patch(color=BAR_COLOURS[kind], label=kind) for kind in kinds],
+        fontsize=7,
+        ncols=len(kinds),
+        loc="upper left",
+        bbox_to_anchor=(0, 1.2),
+        frameon=False,
+    )
 
 
 def tokens_computed(plan: StepPlan, schedule: Schedule) -> list[int]:

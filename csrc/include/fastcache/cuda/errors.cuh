@@ -10,7 +10,8 @@ namespace fastcache::cuda {
 constexpr int kErrorThreads = 256;
 
 // Grid: B.
-__global__ void __launch_bounds__(kErrorThreads) error_kernel(const float* row_errors, float* errors, int32_t N) {
+__global__ void __launch_bounds__(kErrorThreads)
+    error_kernel(const float* row_errors, float* errors, int32_t N) {
   __shared__ double shared[3][kErrorThreads];
   const float* rows = row_errors + int64_t(blockIdx.x) * N * 3;
   double sums[3] = {};

@@ -34,10 +34,10 @@ struct SlotMap {
 
 // The store: token n of `slot` first takes row map[n] of `fresh` (-1: keeps its own).
 struct Refresh {
-  TokenRows slot;   // no data: nothing is stored
+  TokenRows slot;  // no data: nothing is stored
   TokenRows fresh;
-  SlotMap map;      // no data: token n takes row n
-  float* scale;     // [B, N] row scales of a float8 slot
+  SlotMap map;   // no data: token n takes row n
+  float* scale;  // [B, N] row scales of a float8 slot
   int64_t scale_batch, scale_row;
   int32_t fresh_count;
   Type slot_type, fresh_type;
@@ -53,16 +53,16 @@ struct Common {
   int32_t position;    // of the slot's term; term_count if there is none
   TokenRows x;
   Type x_type;
-  void* updated;       // x', contiguous; nullptr: not wanted
+  void* updated;  // x', contiguous; nullptr: not wanted
 
   VectorRows gates;
-  int64_t gate_pack;     // elements from one packed gate to the next
-  int32_t gate_count;    // packed gates
+  int64_t gate_pack;   // elements from one packed gate to the next
+  int32_t gate_count;  // packed gates
   const int32_t* gate_index;
   int64_t gate_index_stride;
   const float* weights;
   int64_t weight_stride;
-  const float* scales;   // [J, B, N]
+  const float* scales;  // [J, B, N]
   int64_t scales_term, scales_batch, scales_row;
   Type feature_type;
 
@@ -77,7 +77,7 @@ struct Common {
 
   TokenRows reference;
   Type reference_type;
-  float* row_errors;     // [B, N, 3]
+  float* row_errors;  // [B, N, 3]
 
   int32_t* error_flag;
 };

@@ -29,7 +29,8 @@ template <int count>
 FASTCACHE_DEVICE void sum_block(double (&sums)[count], double (*shared)[kRelativeThreads / 32], double* out) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    for (int distance = 16; distance > 0; distance /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
+    for (int distance = 16; distance > 0; distance /= 2)
+      sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
     if (threadIdx.x % 32 == 0) shared[i][threadIdx.x / 32] = sums[i];
   }
   __syncthreads();
@@ -42,14 +43,16 @@ FASTCACHE_DEVICE void sum_block(double (&sums)[count], double (*shared)[kRelativ
 
 // Grid: (blocks of a layer, layers, groups of kLookaheads). Needs D % V == 0.
 template <Type X, int V, int capacity>
-__global__ void __launch_bounds__(kRelativeThreads) relative_error_kernel(const __grid_constant__ Comparisons<capacity> p) {
+__global__ void __launch_bounds__(kRelativeThreads)
+    relative_error_kernel(const __grid_constant__ Comparisons<capacity> p) {
   __shared__ double shared[1 + kLookaheads][kRelativeThreads / 32];
   const int32_t first = blockIdx.z * kLookaheads, left = p.lookaheads - first;
   const int32_t own = blockIdx.y * (1 + p.lookaheads);
   const int64_t runs = p.elements / V, stride = int64_t(gridDim.x) * kRelativeThreads;
   const uint32_t runs_a_row = p.D / V;
   double sums[1 + kLookaheads] = {};
-  for (int64_t run = int64_t(blockIdx.x) * kRelativeThreads + threadIdx.x; run < runs; run += kRelativeRuns * stride) {
+  for (int64_t run = int64_t(blockIdx.x) * kRelativeThreads + threadIdx.x; run < runs;
+       run += kRelativeRuns * stride) {
     Raw<X, V> values[1 + kLookaheads][kRelativeRuns];
 #pragma unroll
     for (int u = 0; u < kRelativeRuns; ++u) {
@@ -61,7 +64,8 @@ __global__ void __launch_bounds__(kRelativeThreads) relative_error_kernel(const 
       for (int k = 0; k <= kLookaheads; ++k) {
         if (k > left) continue;
         const TokenRows& tensor = p.tensors[k == 0 ? own : own + first + k];
-        values[k][u] = load<X, V, Use::kOnce>(tensor.data, b * tensor.batch + (row - b * p.N) * tensor.row + column);
+        values[k][u] =
+            load<X, V, Use::kOnce>(tensor.data, b * tensor.batch + (row - b * p.N) * tensor.row + column);
       }
     }
 #pragma unroll
@@ -70,7 +74,8 @@ __global__ void __launch_bounds__(kRelativeThreads) relative_error_kernel(const 
 #pragma unroll
       for (int u = 0; u < kRelativeRuns; ++u) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) sum += fabsf(k == 0 ? values[0][u][i] : values[k][u][i] - values[0][u][i]);
+        for (int i = 0; i < V; ++i)
+          sum += fabsf(k == 0 ? values[0][u][i] : values[k][u][i] - values[0][u][i]);
       }
       if (k <= left) sums[k] += sum;
     }
@@ -79,8 +84,11 @@ __global__ void __launch_bounds__(kRelativeThreads) relative_error_kernel(const 
   sum_block(sums, shared, p.partials + (group * gridDim.x + blockIdx.x) * (1 + kLookaheads));
 }
 
-// errors[k * layers + l] for the layers first_layer + blockIdx.x. Grid: (layers of the launch, groups of kLookaheads).
-__global__ void __launch_bounds__(kRelativeThreads) relative_error_finish_kernel(const double* partials, float* errors, int32_t blocks, int32_t lookaheads, int32_t first_layer, int32_t layers) {
+// errors[k * layers + l] for the layers first_layer + blockIdx.x. Grid: (layers of the launch, groups of
+// kLookaheads).
+__global__ void __launch_bounds__(kRelativeThreads)
+    relative_error_finish_kernel(const double* partials, float* errors, int32_t blocks, int32_t lookaheads,
+                                 int32_t first_layer, int32_t layers) {
   __shared__ double shared[1 + kLookaheads][kRelativeThreads / 32];
   __shared__ double totals[1 + kLookaheads];
   const double* own = partials + (int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * blocks * (1 + kLookaheads);
@@ -91,7 +99,9 @@ __global__ void __launch_bounds__(kRelativeThreads) relative_error_finish_kernel
   sum_block(sums, shared, totals);
   __syncthreads();
   const int32_t k = blockIdx.y * kLookaheads + threadIdx.x;
-  if (threadIdx.x < kLookaheads && k < lookaheads) errors[int64_t(k) * layers + first_layer + blockIdx.x] = static_cast<float>(totals[1 + threadIdx.x] / totals[0]);
+  if (threadIdx.x < kLookaheads && k < lookaheads)
+    errors[int64_t(k) * layers + first_layer + blockIdx.x] =
+        static_cast<float>(totals[1 + threadIdx.x] / totals[0]);
 }
 
 }  // namespace fastcache::cuda

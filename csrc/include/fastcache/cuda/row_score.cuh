@@ -19,13 +19,15 @@ constexpr int kScoreThreads = 256, kScoreRuns = 4;
 
 // The sum over groups of `lanes` lanes; every lane of a group gets the same bits.
 FASTCACHE_DEVICE double sum_lanes(double value, int lanes = 32) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  for (int distance = lanes / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
   return value;
 }
 
 // kScoreRuns runs from column `c` on, zeros beyond D.
 template <Type type, int V>
-FASTCACHE_DEVICE void load_runs(const void* data, int64_t start, int32_t c, int32_t D, Raw<type, V> (&runs)[kScoreRuns]) {
+FASTCACHE_DEVICE void load_runs(const void* data, int64_t start, int32_t c, int32_t D,
+                                Raw<type, V> (&runs)[kScoreRuns]) {
 #pragma unroll
   for (int u = 0; u < kScoreRuns; ++u) {
     if (c + u * 32 * V < D) runs[u] = load<type, V, Use::kOnce>(data, start + c + u * 32 * V);
@@ -81,7 +83,8 @@ __global__ void __launch_bounds__(kScoreThreads) row_score_kernel(const __grid_c
   float score;
   if (p.compare) {
     const int64_t other_start = b * p.reference.batch + n * p.reference.row;
-    visit_wide(p.reference_type, [&](auto tag) { score = distance_of_rows<X, tag.value, V>(p, start, other_start, lane); });
+    visit_wide(p.reference_type,
+               [&](auto tag) { score = distance_of_rows<X, tag.value, V>(p, start, other_start, lane); });
   } else {
     score = norm_of_row<X, V>(p, start, lane);
   }
@@ -103,7 +106,8 @@ __global__ void __launch_bounds__(kScoreThreads) value_norm_kernel(const __grid_
 #pragma unroll
       for (int u = 0; u < kScoreRuns; ++u) {
         const int32_t h = first + u * at_once + own;
-        if (h < p.heads) values[u] = load<X, V, Use::kOnce>(p.x.data, b * p.x.batch + n * p.x.row + h * p.head + c);
+        if (h < p.heads)
+          values[u] = load<X, V, Use::kOnce>(p.x.data, b * p.x.batch + n * p.x.row + h * p.head + c);
       }
 #pragma unroll
       for (int u = 0; u < kScoreRuns; ++u) {

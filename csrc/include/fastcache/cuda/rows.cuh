@@ -18,7 +18,9 @@ namespace fastcache::cuda {
 template <int THREADS>
 constexpr int kRowsPerBlock = THREADS == 32 ? 4 : 1;
 template <int THREADS>
-constexpr int kResident = THREADS <= 128 ? 3 : THREADS == 256 ? 2 : 1;  // blocks on a multiprocessor: 168, 128, 64 registers
+constexpr int kResident = THREADS <= 128   ? 3
+                          : THREADS == 256 ? 2
+                                           : 1;  // blocks on a multiprocessor: 168, 128, 64 registers
 
 template <int THREADS, int VECTORS, int V>
 struct RowTile {
@@ -47,7 +49,8 @@ struct Largest {  // NaN if one is NaN
 template <int THREADS, class Combine>
 FASTCACHE_DEVICE float reduce_row(float value, float* shared, const Combine& combine) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
   if constexpr (THREADS > 32) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
     __syncthreads();
@@ -105,7 +108,8 @@ FASTCACHE_DEVICE void refresh_float8(const Common& p, const Tile& tile, float* s
 
 // Error sums of the newest feature's row.
 template <int THREADS, class Tile>
-FASTCACHE_DEVICE void sum_errors(const Common& p, const Tile& tile, float row_scale, const Values<Tile>& value, float (*shared)[THREADS / 32]) {
+FASTCACHE_DEVICE void sum_errors(const Common& p, const Tile& tile, float row_scale,
+                                 const Values<Tile>& value, float (*shared)[THREADS / 32]) {
   Values<Tile> reference;
   load_values<Use::kOnce>(p.reference, p.reference_type, tile, reference);
   float sums[3] = {};
@@ -124,15 +128,18 @@ FASTCACHE_DEVICE void sum_errors(const Common& p, const Tile& tile, float row_sc
 
 // Grid: thread blocks that cover B * N rows. Needs D % V == 0 and D <= THREADS * VECTORS * V.
 template <Type X, int THREADS, int VECTORS, int V, int capacity>
-__global__ void __launch_bounds__(THREADS * kRowsPerBlock<THREADS>, kResident<THREADS>) row_kernel(const __grid_constant__ Parameters<capacity> p) {
+__global__ void __launch_bounds__(THREADS* kRowsPerBlock<THREADS>, kResident<THREADS>)
+    row_kernel(const __grid_constant__ Parameters<capacity> p) {
   using Tile = RowTile<THREADS, VECTORS, V>;
   __shared__ float shared[6][THREADS / 32];
   const uint32_t row = blockIdx.x * kRowsPerBlock<THREADS> + threadIdx.x / THREADS;
   if (row >= static_cast<uint32_t>(p.B) * static_cast<uint32_t>(p.N)) return;
   const uint32_t b = row / p.N;
-  const Tile tile{static_cast<int32_t>(b), static_cast<int32_t>(row - b * p.N), static_cast<int32_t>(threadIdx.x % THREADS), p.D};
+  const Tile tile{static_cast<int32_t>(b), static_cast<int32_t>(row - b * p.N),
+                  static_cast<int32_t>(threadIdx.x % THREADS), p.D};
   const int32_t target = target_of(p, tile.b, tile.n);
-  if (target < 0 && !p.updated && !p.refresh.slot.data && !p.reference.data) return;  // a row that nobody wants
+  if (target < 0 && !p.updated && !p.refresh.slot.data && !p.reference.data)
+    return;  // a row that nobody wants
 
   Values<Tile> total;
   widen_tile(load_tile<X, Use::kShared>(p.x, tile), total);
@@ -149,7 +156,8 @@ __global__ void __launch_bounds__(THREADS * kRowsPerBlock<THREADS>, kResident<TH
     } else {
       refresh_values(p, here, value);
     }
-    if (j == last && p.reference.data) sum_errors<THREADS>(p, here, stored ? 1.0f : row_scale_of(p, here, j, 0), value, shared + 1);
+    if (j == last && p.reference.data)
+      sum_errors<THREADS>(p, here, stored ? 1.0f : row_scale_of(p, here, j, 0), value, shared + 1);
     add_term(p, here, j, !stored, [&](int k, int i) { return value[k][i]; }, total);
   }
 
@@ -194,7 +202,8 @@ __global__ void __launch_bounds__(THREADS * kRowsPerBlock<THREADS>, kResident<TH
   const TokenRows modulated{p.modulated, int64_t(p.target_count) * p.D, 0};
 #pragma unroll
   for (int k = 0; k < VECTORS; ++k) {
-    if (tile.inside(k)) store<X, V>(p.modulated, offset_of(modulated, tile, k) + target * int64_t(p.D), narrowed<X>(h[k]));
+    if (tile.inside(k))
+      store<X, V>(p.modulated, offset_of(modulated, tile, k) + target * int64_t(p.D), narrowed<X>(h[k]));
   }
 }
 

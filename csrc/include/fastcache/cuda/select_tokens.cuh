@@ -44,10 +44,12 @@ FASTCACHE_DEVICE float value_of(uint32_t key) {
   return bits_as_float(key == kNanKey ? 0x7fc00000u : key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// The reduction over the thread block, in one order; every thread gets the same bits. `shared` belongs to this call alone.
+// The reduction over the thread block, in one order; every thread gets the same bits. `shared` belongs to
+// this call alone.
 template <int THREADS, class T, class Combine>
 FASTCACHE_DEVICE T reduce_block(T value, T* shared, const Combine& combine) {
-  for (int distance = 16; distance > 0; distance /= 2) value = combine(value, __shfl_xor_sync(kEveryLane, value, distance));
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = combine(value, __shfl_xor_sync(kEveryLane, value, distance));
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   value = shared[0];
@@ -111,10 +113,12 @@ struct Threshold {
 };
 
 template <int THREADS>
-FASTCACHE_DEVICE Threshold threshold_of(const Selection& p, const uint32_t* keys, uint32_t wanted, SelectShared<THREADS>& shared) {
+FASTCACHE_DEVICE Threshold threshold_of(const Selection& p, const uint32_t* keys, uint32_t wanted,
+                                        SelectShared<THREADS>& shared) {
   constexpr int kBins = SelectShared<THREADS>::kBins;
   uint32_t low = kNanKey, high = 0;
-  for (int32_t n = threadIdx.x; n < p.N; n += THREADS) low = keys[n] < low ? keys[n] : low, high = keys[n] > high ? keys[n] : high;
+  for (int32_t n = threadIdx.x; n < p.N; n += THREADS)
+    low = keys[n] < low ? keys[n] : low, high = keys[n] > high ? keys[n] : high;
   low = reduce_block<THREADS>(low, shared.low, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
   high = reduce_block<THREADS>(high, shared.high, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
   uint32_t span = high - low;
@@ -146,10 +150,12 @@ FASTCACHE_DEVICE Threshold threshold_of(const Selection& p, const uint32_t* keys
 
 // Slots, index and ages of a row. Reads a key before it writes the slot of its token: they may share memory.
 template <int THREADS>
-FASTCACHE_DEVICE void write_choice(const Selection& p, int64_t row, const uint32_t* keys, Threshold threshold, SelectShared<THREADS>& shared) {
+FASTCACHE_DEVICE void write_choice(const Selection& p, int64_t row, const uint32_t* keys, Threshold threshold,
+                                   SelectShared<THREADS>& shared) {
   constexpr int32_t kWarps = THREADS / 32;
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t run = (p.N + THREADS - 1) / THREADS * 32, begin = warp * run, end = begin + run < p.N ? begin + run : p.N;
+  const int32_t run = (p.N + THREADS - 1) / THREADS * 32, begin = warp * run,
+                end = begin + run < p.N ? begin + run : p.N;
   uint32_t greater = 0, equal = 0;
   for (int32_t n = begin; n < end; n += 32) {
     const bool inside = n + lane < end;

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kSumThreads, 2) sum_kernel(const __grid_consta
   const uint32_t group = index / runs;
   if (group >= (static_cast<uint32_t>(p.N) + R - 1) / R) return;
   for (int32_t b = blockIdx.y; b < p.B; b += gridDim.y) {
-    const Tile tile{b, static_cast<int32_t>(group * R), static_cast<int32_t>((index - group * runs) * V), p.N};
+    const Tile tile{b, static_cast<int32_t>(group * R), static_cast<int32_t>((index - group * runs) * V),
+                    p.N};
     Values<Tile> total;
     widen_tile(load_tile<X, Use::kShared>(p.x, tile), total);
     add_terms<X, same>(p, tile, total);

@@ -33,7 +33,8 @@ FASTCACHE_DEVICE int64_t offset_of(const TokenRows& rows, const Tile& tile, int 
 
 template <class Tile>
 FASTCACHE_DEVICE int64_t offset_of(const VectorRows& rows, const Tile& tile, int k) {
-  return tile.b * rows.batch + (rows.row ? tile.token(k) / rows.span * rows.row : 0) + tile.column() + tile.step(k);
+  return tile.b * rows.batch + (rows.row ? tile.token(k) / rows.span * rows.row : 0) + tile.column() +
+         tile.step(k);
 }
 
 template <Type type, Use use, class Tile, class Layout>
@@ -41,7 +42,8 @@ FASTCACHE_DEVICE RawTile<type, Tile> load_tile(const Layout& rows, const Tile& t
   RawTile<type, Tile> out;
 #pragma unroll
   for (int k = 0; k < Tile::kPieces; ++k) {
-    if (tile.inside(k)) out.pieces[k] = load<type, Tile::kWidth, use>(rows.data, start + offset_of(rows, tile, k));
+    if (tile.inside(k))
+      out.pieces[k] = load<type, Tile::kWidth, use>(rows.data, start + offset_of(rows, tile, k));
   }
   return out;
 }
@@ -74,17 +76,22 @@ FASTCACHE_DEVICE void report(const Common& p, int32_t bit) { atomicOr(p.error_fl
 
 template <class Tile>
 FASTCACHE_DEVICE float row_scale_of(const Common& p, const Tile& tile, int32_t j, int k) {
-  return p.scales ? p.scales[j * p.scales_term + tile.b * p.scales_batch + tile.token(k) * p.scales_row] : 1.0f;
+  return p.scales ? p.scales[j * p.scales_term + tile.b * p.scales_batch + tile.token(k) * p.scales_row]
+                  : 1.0f;
 }
 
 // total += weight * gate * (row scale * value) of term j. Value: V(k, i) is value i of piece k. Row
 // scales are factors and not a step of their own, so that a raw tile is widened only as it is added.
 template <class Tile, class V>
-FASTCACHE_DEVICE void add_term(const Common& p, const Tile& tile, int32_t j, bool scaled, const V& value, Values<Tile>& total) {
+FASTCACHE_DEVICE void add_term(const Common& p, const Tile& tile, int32_t j, bool scaled, const V& value,
+                               Values<Tile>& total) {
   const float weight = p.weights ? p.weights[j * p.weight_stride] : 1.0f;
   float row_scale[Tile::kPieces];
 #pragma unroll
-  for (int k = 0; k < Tile::kPieces; ++k) row_scale[k] = k > 0 && !Tile::kSharesColumns ? row_scale[0] : scaled ? row_scale_of(p, tile, j, k) : 1.0f;
+  for (int k = 0; k < Tile::kPieces; ++k)
+    row_scale[k] = k > 0 && !Tile::kSharesColumns ? row_scale[0]
+                   : scaled                       ? row_scale_of(p, tile, j, k)
+                                                  : 1.0f;
   int32_t row = p.gates.data ? 0 : -1;
   if (p.gate_index) {
     row = p.gate_index[j * p.gate_index_stride];
@@ -101,23 +108,28 @@ FASTCACHE_DEVICE void add_term(const Common& p, const Tile& tile, int32_t j, boo
     for (int i = 0; i < Tile::kWidth; ++i) factor[i] = weight;
     if (row >= 0) {
       visit_wide(p.gates.type, [&](auto tag) {
-        const auto gate = load<tag.value, Tile::kWidth, Use::kShared>(p.gates.data, start + offset_of(p.gates, tile, 0));
+        const auto gate =
+            load<tag.value, Tile::kWidth, Use::kShared>(p.gates.data, start + offset_of(p.gates, tile, 0));
 #pragma unroll
         for (int i = 0; i < Tile::kWidth; ++i) factor[i] = weight * gate[i];
       });
     }
-    for_each<Tile>(total, [&](float& sum, int k, int i) { sum = fmaf(factor[i], row_scale[k] * value(k, i), sum); });
+    for_each<Tile>(total,
+                   [&](float& sum, int k, int i) { sum = fmaf(factor[i], row_scale[k] * value(k, i), sum); });
   } else if (row < 0) {
-    for_each<Tile>(total, [&](float& sum, int k, int i) { sum = fmaf(weight, row_scale[k] * value(k, i), sum); });
+    for_each<Tile>(total,
+                   [&](float& sum, int k, int i) { sum = fmaf(weight, row_scale[k] * value(k, i), sum); });
   } else {
     visit_wide(p.gates.type, [&](auto tag) {
 #pragma unroll
       for (int k = 0; k < Tile::kPieces; ++k) {
         if (!tile.inside(k)) continue;
         const Tile here = tile.renewed();
-        const auto gate = load<tag.value, Tile::kWidth, Use::kShared>(p.gates.data, start + offset_of(p.gates, here, k));
+        const auto gate =
+            load<tag.value, Tile::kWidth, Use::kShared>(p.gates.data, start + offset_of(p.gates, here, k));
 #pragma unroll
-        for (int i = 0; i < Tile::kWidth; ++i) total[k][i] = fmaf(weight * gate[i], row_scale[k] * value(k, i), total[k][i]);
+        for (int i = 0; i < Tile::kWidth; ++i)
+          total[k][i] = fmaf(weight * gate[i], row_scale[k] * value(k, i), total[k][i]);
       }
     });
   }
@@ -150,12 +162,15 @@ FASTCACHE_DEVICE void refresh_values(const Common& p, const Tile& tile, Values<T
       for (int k = 0; k < K; ++k) {
         if (!tile.inside(k)) continue;
         const bool taken = source[k] >= 0;
-        const int64_t from = taken ? tile.b * r.fresh.batch + source[k] * r.fresh.row + tile.column() + tile.step(k) : offset_of(r.slot, tile, k);
+        const int64_t from =
+            taken ? tile.b * r.fresh.batch + source[k] * r.fresh.row + tile.column() + tile.step(k)
+                  : offset_of(r.slot, tile, k);
         raw.pieces[k] = load<type, V, Use::kOwn>(taken ? r.fresh.data : r.slot.data, from);
       }
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        if (source[k] >= 0 && tile.owned(k)) store<type, V>(r.slot.data, offset_of(r.slot, tile, k), raw.pieces[k]);
+        if (source[k] >= 0 && tile.owned(k))
+          store<type, V>(r.slot.data, offset_of(r.slot, tile, k), raw.pieces[k]);
       }
       widen_tile(raw, out);
     });
@@ -165,7 +180,8 @@ FASTCACHE_DEVICE void refresh_values(const Common& p, const Tile& tile, Values<T
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (source[k] < 0 || !tile.inside(k)) continue;
-      const auto raw = load<tag.value, V, Use::kOnce>(r.fresh.data, tile.b * r.fresh.batch + source[k] * r.fresh.row + tile.column() + tile.step(k));
+      const auto raw = load<tag.value, V, Use::kOnce>(
+          r.fresh.data, tile.b * r.fresh.batch + source[k] * r.fresh.row + tile.column() + tile.step(k));
 #pragma unroll
       for (int i = 0; i < V; ++i) out[k][i] = raw[i];
     }
@@ -176,7 +192,8 @@ FASTCACHE_DEVICE void refresh_values(const Common& p, const Tile& tile, Values<T
     for (int k = 0; k < K; ++k) {
       if (!tile.inside(k)) continue;
       const int64_t place = offset_of(r.slot, tile, k);
-      const Raw<type, V> held = source[k] >= 0 ? narrowed<type>(out[k]) : load<type, V, Use::kOwn>(r.slot.data, place);
+      const Raw<type, V> held =
+          source[k] >= 0 ? narrowed<type>(out[k]) : load<type, V, Use::kOwn>(r.slot.data, place);
       if (source[k] >= 0 && tile.owned(k)) store<type, V>(r.slot.data, place, held);
 #pragma unroll
       for (int i = 0; i < V; ++i) out[k][i] = held[i];

@@ -29,13 +29,13 @@ struct Selection {
 struct Scores {
   int32_t B, N, D;
   TokenRows x;
-  bool compare;         // with the reference; else the norm of x
+  bool compare;  // with the reference; else the norm of x
   TokenRows reference;
   Type reference_type;
-  float* out;           // [B, N] contiguous
-  int32_t heads;        // of value_norm
-  int64_t head;         // elements from one head to the next
-  int32_t lanes;        // of one head, a power of two
+  float* out;     // [B, N] contiguous
+  int32_t heads;  // of value_norm
+  int64_t head;   // elements from one head to the next
+  int32_t lanes;  // of one head, a power of two
 };
 
 // relative_error.
@@ -44,10 +44,10 @@ constexpr int kFewTensors = 256, kManyTensors = kMaxTerms + 64;  // 6 and 26 of 
 
 struct Comparison {
   int32_t N, D;
-  int64_t elements;      // of one tensor
-  int32_t lookaheads;    // K
-  bool dense;            // all tensors are contiguous
-  double* partials;      // [layers, lookahead groups, blocks, 1 + kLookaheads]
+  int64_t elements;    // of one tensor
+  int32_t lookaheads;  // K
+  bool dense;          // all tensors are contiguous
+  double* partials;    // [layers, lookahead groups, blocks, 1 + kLookaheads]
 };
 
 }  // namespace fastcache::cuda

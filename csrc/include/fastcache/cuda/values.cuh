@@ -11,7 +11,9 @@
 namespace fastcache::cuda {
 
 template <Type type>
-constexpr int kSizeOf = type == Type::kFloat32 ? 4 : type == Type::kFloat8 ? 1 : 2;
+constexpr int kSizeOf = type == Type::kFloat32  ? 4
+                        : type == Type::kFloat8 ? 1
+                                                : 2;
 
 template <Type type>
 using Tag = std::integral_constant<Type, type>;
@@ -39,7 +41,9 @@ FASTCACHE_DEVICE void visit(Type type, const F& f) {
 
 FASTCACHE_DEVICE float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }
 
-FASTCACHE_DEVICE float half_as_float(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+FASTCACHE_DEVICE float half_as_float(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
 
 // float8_e4m3fn, by bits so that all architectures agree: shifted into fp16, whose exponent bias is 8 higher.
 FASTCACHE_DEVICE float float8_as_float(uint32_t bits) {
@@ -52,7 +56,8 @@ FASTCACHE_DEVICE uint32_t float_as_float8(float value) {
   const uint32_t bits = __float_as_uint(value), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
   if (magnitude >= 0x43f00000) return sign | 0x7f;
   // below 2^-6: adding 2^14 rounds to units of 2^-9 in the low bits
-  if (magnitude < 0x3c800000) return sign | (__float_as_uint(bits_as_float(magnitude) + 16384.0f) - 0x46800000);
+  if (magnitude < 0x3c800000)
+    return sign | (__float_as_uint(bits_as_float(magnitude) + 16384.0f) - 0x46800000);
   return sign | (((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3));
 }
 
@@ -65,12 +70,17 @@ struct Raw {
   FASTCACHE_DEVICE float operator[](int i) const {
     if constexpr (type == Type::kFloat32) return bits_as_float(words[i]);
     if constexpr (type == Type::kFloat16) return half_as_float(words[i / 2] >> i % 2 * 16 & 0xffff);
-    if constexpr (type == Type::kBFloat16) return bits_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
+    if constexpr (type == Type::kBFloat16)
+      return bits_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
     return float8_as_float(words[i / 4] >> i % 4 * 8 & 0xff);
   }
 };
 
-enum class Use { kShared, kOnce, kOwn };  // read by many threads; read once, evict first; written in this launch
+enum class Use {
+  kShared,
+  kOnce,
+  kOwn
+};  // read by many threads; read once, evict first; written in this launch
 
 template <Use use, class T>
 FASTCACHE_DEVICE T load_word(const T* address) {
@@ -88,7 +98,8 @@ FASTCACHE_DEVICE Raw<type, V> load(const void* data, int64_t offset) {
   if constexpr (Values::kBytes % 16 == 0) {
     for (int i = 0; i < Values::kBytes / 16; ++i) {
       const uint4 four = load_word<use>(reinterpret_cast<const uint4*>(address) + i);
-      out.words[4 * i] = four.x, out.words[4 * i + 1] = four.y, out.words[4 * i + 2] = four.z, out.words[4 * i + 3] = four.w;
+      out.words[4 * i] = four.x, out.words[4 * i + 1] = four.y, out.words[4 * i + 2] = four.z,
+                    out.words[4 * i + 3] = four.w;
     }
   } else if constexpr (Values::kBytes == 8) {
     const uint2 two = load_word<use>(reinterpret_cast<const uint2*>(address));
@@ -109,7 +120,8 @@ FASTCACHE_DEVICE void store(void* data, int64_t offset, const Raw<type, V>& valu
   char* address = static_cast<char*>(data) + offset * kSizeOf<type>;
   if constexpr (Values::kBytes % 16 == 0) {
     for (int i = 0; i < Values::kBytes / 16; ++i) {
-      reinterpret_cast<uint4*>(address)[i] = make_uint4(values.words[4 * i], values.words[4 * i + 1], values.words[4 * i + 2], values.words[4 * i + 3]);
+      reinterpret_cast<uint4*>(address)[i] = make_uint4(values.words[4 * i], values.words[4 * i + 1],
+                                                        values.words[4 * i + 2], values.words[4 * i + 3]);
     }
   } else if constexpr (Values::kBytes == 8) {
     *reinterpret_cast<uint2*>(address) = make_uint2(values.words[0], values.words[1]);
@@ -134,7 +146,8 @@ template <Type type, int V>
 FASTCACHE_DEVICE Raw<type, V> narrowed(const float (&values)[V]) {
   constexpr int per_word = 4 / kSizeOf<type>;
   Raw<type, V> out;
-  for (int i = 0; i < V; ++i) out.words[i / per_word] |= narrow<type>(values[i]) << i % per_word * 8 * kSizeOf<type>;
+  for (int i = 0; i < V; ++i)
+    out.words[i / per_word] |= narrow<type>(values[i]) << i % per_word * 8 * kSizeOf<type>;
   return out;
 }
 

@@ -1,4 +1,5 @@
 """The SmoothCache schedules of a frontier: one calibration, a threshold for each target."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ CLASSES_PER_RUN = 9
 RUNS = 4  # together one picture of each class
 
 
-def error_curves(model: DiT, sampler: Sampler, path: Path, fingerprint: str, first_picture: int) -> ErrorCurves:
+def error_curves(
+    model: DiT, sampler: Sampler, path: Path, fingerprint: str, first_picture: int
+) -> ErrorCurves:
     """Measured on pictures from `first_picture` on, which are not those that are judged; kept in `path`.
 
     A file of the same fingerprint is read instead.
@@ -25,7 +28,9 @@ def error_curves(model: DiT, sampler: Sampler, path: Path, fingerprint: str, fir
     if path.exists():
         found = json.loads(path.read_text())
         if found["fingerprint"] == fingerprint:
-            return ErrorCurves(layout, tuple(tuple(tuple(row) for row in rows) for rows in found["errors"]), found["samples"])
+            return ErrorCurves(
+                layout, tuple(tuple(tuple(row) for row in rows) for rows in found["errors"]), found["samples"]
+            )
 
     one_batch = replace(sampler, batch_size=CLASSES_PER_RUN)
 
@@ -33,7 +38,16 @@ def error_curves(model: DiT, sampler: Sampler, path: Path, fingerprint: str, fir
         first = first_picture + generation * CLASSES_PER_RUN
         one_batch.run(model, range(first, first + CLASSES_PER_RUN), None)
 
-    curves = calibrate(model, run, threshold=0.0, lookahead=LOOKAHEAD, samples=RUNS, num_steps=sampler.steps, scheduler=sampler.scheduler, calls_per_step=1).curves
+    curves = calibrate(
+        model,
+        run,
+        threshold=0.0,
+        lookahead=LOOKAHEAD,
+        samples=RUNS,
+        num_steps=sampler.steps,
+        scheduler=sampler.scheduler,
+        calls_per_step=1,
+    ).curves
     text = json.dumps({"fingerprint": fingerprint, "samples": curves.samples, "errors": curves.errors})
     write_whole(path, lambda partial: partial.write_text(text))
     return curves

@@ -1,4 +1,5 @@
 """What a frontier says: Pareto fronts, and whether the methods come in the order of their papers."""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,10 +28,19 @@ class Metric:
 
 
 FRECHET = Metric("frechet_distance", "Frechet distance", lambda row: row.frechet_distance, False, "{:.3f}")
-PSNR = Metric("psnr_db", "PSNR against uncached, dB", lambda row: float("inf") if row.psnr_db is None else row.psnr_db, True, "{:.1f} dB")
+PSNR = Metric(
+    "psnr_db",
+    "PSNR against uncached, dB",
+    lambda row: float("inf") if row.psnr_db is None else row.psnr_db,
+    True,
+    "{:.1f} dB",
+)
 ACCURACY = Metric("accuracy", "read correctly", lambda row: row.accuracy, True, "{:.1%}")
 METRICS = (FRECHET, PSNR, ACCURACY)
-SPEEDS: Mapping[str, Callable[[FrontierRow], float]] = {"measured": lambda row: row.speedup, "ideal": lambda row: row.ideal_speedup}
+SPEEDS: Mapping[str, Callable[[FrontierRow], float]] = {
+    "measured": lambda row: row.speedup,
+    "ideal": lambda row: row.ideal_speedup,
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
     Of equal points the first is taken. More is better in both; NaN is beaten by everything.
     """
-    order = sorted((index for index, point in enumerate(points) if not any(np.isnan(point))), key=lambda index: (-points[index][0], -points[index][1], index))
+    order = sorted(
+        (index for index, point in enumerate(points) if not any(np.isnan(point))),
+        key=lambda index: (-points[index][0], -points[index][1], index),
+    )
     front, best = [], float("-inf")
     for index in order:
         if not front or points[index][1] > best:
@@ -80,12 +93,20 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def fronts(rows: Sequence[FrontierRow]) -> dict[str, dict[str, list[str]]]:
     """Settings on the Pareto front by kind of speedup and metric."""
     return {
-        speed: {metric.name: [rows[index].setting for index in pareto_front([(at(row), metric.goodness(row)) for row in rows])] for metric in METRICS}
+        speed: {
+            metric.name: [
+                rows[index].setting
+                for index in pareto_front([(at(row), metric.goodness(row)) for row in rows])
+            ]
+            for metric in METRICS
+        }
         for speed, at in SPEEDS.items()
     }
 
 
-def order_checks(rows: Sequence[FrontierRow], features: Mapping[str, np.ndarray], real: np.ndarray) -> list[OrderCheck]:
+def order_checks(
+    rows: Sequence[FrontierRow], features: Mapping[str, np.ndarray], real: np.ndarray
+) -> list[OrderCheck]:
     """A check for every interval at which two methods or more were measured, by Frechet distance and by PSNR.
 
     A method is represented by its usual setting, or by the first one if that was not measured.
@@ -102,14 +123,27 @@ def order_checks(rows: Sequence[FrontierRow], features: Mapping[str, np.ndarray]
         for metric in (FRECHET, PSNR):
             ranking = sorted(at.values(), key=metric.goodness, reverse=True)
             expected = [method for method in EXPECTED if method in at]
-            broken = tuple((a, b) for index, a in enumerate(expected) for b in expected[index + 1 :] if metric.goodness(at[b]) > metric.goodness(at[a]))
-            noise = tuple(pair for pair in broken if metric is FRECHET and _within_noise(at[pair[0]], at[pair[1]], features, real))
-            places = tuple(Place(row.method, row.setting, metric.value(row), row.ideal_speedup) for row in ranking)
+            broken = tuple(
+                (a, b)
+                for index, a in enumerate(expected)
+                for b in expected[index + 1 :]
+                if metric.goodness(at[b]) > metric.goodness(at[a])
+            )
+            noise = tuple(
+                pair
+                for pair in broken
+                if metric is FRECHET and _within_noise(at[pair[0]], at[pair[1]], features, real)
+            )
+            places = tuple(
+                Place(row.method, row.setting, metric.value(row), row.ideal_speedup) for row in ranking
+            )
             checks.append(OrderCheck(interval, metric.name, places, broken, noise))
     return checks
 
 
-def _within_noise(a: FrontierRow, b: FrontierRow, features: Mapping[str, np.ndarray], real: np.ndarray) -> bool:
+def _within_noise(
+    a: FrontierRow, b: FrontierRow, features: Mapping[str, np.ndarray], real: np.ndarray
+) -> bool:
     if a.setting not in features or b.setting not in features:
         return False
     error = frechet_difference_error(features[a.setting], features[b.setting], real)

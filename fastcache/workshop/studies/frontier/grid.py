@@ -1,4 +1,5 @@
 """The settings of the frontier, and the smaller grid of the automated test."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -46,19 +47,43 @@ UNCACHED = FrontierSetting("uncached", "uncached", None)
 
 def _token_settings(kind: type[ToCa] | type[DuCa]) -> list[FrontierSetting]:
     name = kind.__name__
-    usual = [FrontierSetting(f"{name} {n} attention", name, kind(fresh_threshold=n), n, usual=True) for n in (3, 5)]
-    return usual + [FrontierSetting(f"{name} 3 {score}", name, kind(fresh_threshold=3, cache_type=score), 3) for score in ("kv-norm", "random")]
+    usual = [
+        FrontierSetting(f"{name} {n} attention", name, kind(fresh_threshold=n), n, usual=True) for n in (3, 5)
+    ]
+    return usual + [
+        FrontierSetting(f"{name} 3 {score}", name, kind(fresh_threshold=3, cache_type=score), 3)
+        for score in ("kv-norm", "random")
+    ]
 
 
 DEFAULT_GRID: tuple[FrontierSetting, ...] = (
     UNCACHED,
     *(FrontierSetting(f"FORA {n}", "FORA", FORA(interval=n), n, usual=True) for n in (2, 3, 5)),
     *_token_settings(ToCa),
-    # the authors' ratio refreshes no token in the first quarter of the steps; this one a quarter of them throughout
-    FrontierSetting("ToCa 3 constant 0.25", "ToCa", ToCa(fresh_threshold=3, fresh_ratio=0.25, ratio_scheduler="constant"), 3),
+    # the authors' ratio refreshes no token in the first quarter of the steps; this one a quarter of them
+    # throughout
+    FrontierSetting(
+        "ToCa 3 constant 0.25",
+        "ToCa",
+        ToCa(fresh_threshold=3, fresh_ratio=0.25, ratio_scheduler="constant"),
+        3,
+    ),
     *_token_settings(DuCa),
-    *(FrontierSetting(f"TaylorSeer {n} order {order}", "TaylorSeer", TaylorSeer(interval=n, max_order=order), n, usual=order == 4) for n in (3, 5, 4, 6) for order in (4, 2, 1)),
-    *(FrontierSetting(f"SmoothCache {target:g}x", "SmoothCache", Calibrated(target), usual=True) for target in (1.5, 2.0, 3.0)),
+    *(
+        FrontierSetting(
+            f"TaylorSeer {n} order {order}",
+            "TaylorSeer",
+            TaylorSeer(interval=n, max_order=order),
+            n,
+            usual=order == 4,
+        )
+        for n in (3, 5, 4, 6)
+        for order in (4, 2, 1)
+    ),
+    *(
+        FrontierSetting(f"SmoothCache {target:g}x", "SmoothCache", Calibrated(target), usual=True)
+        for target in (1.5, 2.0, 3.0)
+    ),
     FrontierSetting("SmoothCache 2x per layer", "SmoothCache", Calibrated(2.0, per_layer=True)),
 )
 TINY_GRID: tuple[FrontierSetting, ...] = (
@@ -77,8 +102,13 @@ def chosen(grid: Sequence[FrontierSetting], only: Sequence[str]) -> tuple[Fronti
         return tuple(grid)
     for pattern in only:
         if not any(_fits(setting, pattern) for setting in grid):
-            raise ValueError(f"only: expected names or patterns of {', '.join(setting.name for setting in grid)}, got {pattern!r}")
-    return tuple(setting for setting in grid if setting is UNCACHED or any(_fits(setting, pattern) for pattern in only))
+            raise ValueError(
+                f"only: expected names or patterns of {', '.join(setting.name for setting in grid)}, got"
+                f" {pattern!r}"
+            )
+    return tuple(
+        setting for setting in grid if setting is UNCACHED or any(_fits(setting, pattern) for pattern in only)
+    )
 
 
 def _fits(setting: FrontierSetting, pattern: str) -> bool:

@@ -1,4 +1,5 @@
 """How good pictures are: against the uncached ones, to the classifier, and against real ones."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,10 @@ class Judge:
     def __init__(self, pictures: int) -> None:
         self.classifier: GlyphClassifier = load_classifier()
         per_class = -(-pictures // len(dataset.CLASSES))
-        halves = [read(self.classifier, dataset.to_model_range(dataset.make(per_class, seed)[0]))[0] for seed in REAL_SEEDS]
+        halves = [
+            read(self.classifier, dataset.to_model_range(dataset.make(per_class, seed)[0]))[0]
+            for seed in REAL_SEEDS
+        ]
         self.real: np.ndarray = np.asarray(halves[0])
         self.floor: float = frechet_distance(halves[0], halves[1])
 

@@ -1,4 +1,5 @@
 """Sampling one setting, with uncached batches in between to compare times with."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -42,13 +43,24 @@ class Measurement:
         return min(self.uncached_seconds) / min(self.seconds)
 
 
-def measure(model: DiT, policy: Policy | None, sampler: Sampler, pictures: int, comparisons: int, on_batch: Callable[[], object]) -> Measurement:
-    """Pictures 0 ... pictures - 1 under `policy`; before `comparisons` of the batches, the same batch uncached.
+def measure(
+    model: DiT,
+    policy: Policy | None,
+    sampler: Sampler,
+    pictures: int,
+    comparisons: int,
+    on_batch: Callable[[], object],
+) -> Measurement:
+    """Pictures 0 ... pictures - 1 under `policy`; before `comparisons` of the batches, the same batch
+    uncached.
 
     Compared batches are spread over the run and follow each other, so that a busy machine slows both.
     `on_batch` is called after every batch.
     """
-    batches = [range(first, min(first + sampler.batch_size, pictures)) for first in range(0, pictures, sampler.batch_size)]
+    batches = [
+        range(first, min(first + sampler.batch_size, pictures))
+        for first in range(0, pictures, sampler.batch_size)
+    ]
     compared = compared_batches(len(batches), comparisons)
     made, seconds, uncached, summary = [], [], [], None
     for number, indices in enumerate(batches):
@@ -65,5 +77,7 @@ def measure(model: DiT, policy: Policy | None, sampler: Sampler, pictures: int, 
 
 
 def compared_batches(batches: int, comparisons: int) -> frozenset[int]:
-    """Numbers of up to `comparisons` batches, spread evenly, the last among them; the first only if it must be."""
+    """Numbers of up to `comparisons` batches, spread evenly, the last among them; the first only if it must
+    be.
+    """
     return frozenset(round((number + 1) * (batches - 1) / comparisons) for number in range(comparisons))

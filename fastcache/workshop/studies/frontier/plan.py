@@ -1,4 +1,7 @@
-"""What a frontier is going to measure: policies, plans, what is there already, and how long the rest takes."""
+"""What a frontier is going to measure: policies, plans, what is there already, and how long the rest
+takes.
+"""
+
 import hashlib
 import time
 from collections.abc import Sequence
@@ -14,7 +17,13 @@ from fastcache.policies import Policy
 from fastcache.plan.schedule import Schedule
 from fastcache.workshop.studies.comparison import Sampler
 from fastcache.workshop.studies.frontier.calibrating import calibrated, error_curves
-from fastcache.workshop.studies.frontier.grid import DEFAULT_GRID, TINY_GRID, Calibrated, FrontierSetting, chosen
+from fastcache.workshop.studies.frontier.grid import (
+    DEFAULT_GRID,
+    TINY_GRID,
+    Calibrated,
+    FrontierSetting,
+    chosen,
+)
 from fastcache.workshop.studies.frontier.results import Store, digest_of_file, fingerprint_of
 
 TRIAL_STEPS = 4
@@ -31,7 +40,9 @@ class FrontierOptions:
 
     def __post_init__(self) -> None:
         if self.pictures < 2:
-            raise ValueError(f"pictures: expected at least 2 (a Frechet distance compares sets), got {self.pictures}")
+            raise ValueError(
+                f"pictures: expected at least 2 (a Frechet distance compares sets), got {self.pictures}"
+            )
         if self.comparisons < 1:
             raise ValueError(f"comparisons: expected at least 1, got {self.comparisons}")
 
@@ -59,7 +70,9 @@ class Planned:
 
 @dataclass(frozen=True)
 class FrontierPlan:
-    """A frontier before it is measured. `grid` is the whole of it; of `measured` those are done that are not there."""
+    """A frontier before it is measured. `grid` is the whole of it; of `measured` those are done that are not
+    there.
+    """
 
     model: DiT
     options: FrontierOptions
@@ -74,42 +87,81 @@ class FrontierPlan:
         return sum(planned.seconds for planned in self.measured)
 
 
-def plan_frontier(out: Path, options: FrontierOptions = FrontierOptions(), *, only: Sequence[str] = ()) -> FrontierPlan:
+def plan_frontier(
+    out: Path, options: FrontierOptions = FrontierOptions(), *, only: Sequence[str] = ()
+) -> FrontierPlan:
     """Calibrates if a SmoothCache setting needs it, times a short trial, and looks at what is in `out`.
 
-    Raises ValueError for a pattern in `only` that fits no setting; ScheduleError if a target speedup is out of reach.
+    Raises ValueError for a pattern in `only` that fits no setting; ScheduleError if a target speedup is out
+    of reach.
     """
     wanted = chosen(options.grid, only)
     model, sampler, store = load_glyph_dit(), options.sampler, Store(out / "results")
     base = {
-        "environment": asdict(environment()), "sampler": asdict(sampler),
-        "weights": [digest_of_file(weights_path(name)) for name in ("glyph-dit.safetensors", "glyph-classifier.safetensors")],
+        "environment": asdict(environment()),
+        "sampler": asdict(sampler),
+        "weights": [
+            digest_of_file(weights_path(name))
+            for name in ("glyph-dit.safetensors", "glyph-classifier.safetensors")
+        ],
     }
     curves = None
     if any(isinstance(setting.policy, Calibrated) for setting in options.grid):
-        curves = error_curves(model, sampler, out / "results" / "calibration-curves.json", fingerprint_of(**base), options.pictures)
+        curves = error_curves(
+            model,
+            sampler,
+            out / "results" / "calibration-curves.json",
+            fingerprint_of(**base),
+            options.pictures,
+        )
     trial = _trial(model, sampler)
     grid = tuple(_planned(setting, model, options, store, curves, base, trial) for setting in options.grid)
-    return FrontierPlan(model, options, store, grid, tuple(planned for planned in grid if planned.setting in wanted), trial)
+    return FrontierPlan(
+        model, options, store, grid, tuple(planned for planned in grid if planned.setting in wanted), trial
+    )
 
 
-def _planned(setting: FrontierSetting, model: DiT, options: FrontierOptions, store: Store, curves: ErrorCurves | None, base: dict[str, object], trial: float) -> Planned:
+def _planned(
+    setting: FrontierSetting,
+    model: DiT,
+    options: FrontierOptions,
+    store: Store,
+    curves: ErrorCurves | None,
+    base: dict[str, object],
+    trial: float,
+) -> Planned:
     policy, fields = setting.policy, {}
     if isinstance(policy, Calibrated) and curves is not None:
         found = calibrated(curves, policy, options.sampler)
-        fields = {"target_speedup": policy.target_speedup, "per_layer": policy.per_layer, "threshold": found.threshold}
+        fields = {
+            "target_speedup": policy.target_speedup,
+            "per_layer": policy.per_layer,
+            "threshold": found.threshold,
+        }
         policy = found.policy()
     schedule = None
     if isinstance(policy, Policy):
         fields |= policy.fields()
         schedule = policy.schedule(options.sampler.steps, recognise(model).layout())
     plan = None if schedule is None else hashlib.sha256(schedule.to_json().encode()).hexdigest()
-    fingerprint = fingerprint_of(**base, plan=plan, fields=fields, pictures=options.pictures, comparisons=options.comparisons)
+    fingerprint = fingerprint_of(
+        **base, plan=plan, fields=fields, pictures=options.pictures, comparisons=options.comparisons
+    )
     there, stale = store.row(setting.slug, fingerprint) is not None, store.stale(setting.slug, fingerprint)
-    compared = 0 if schedule is None else min(options.pictures, options.comparisons * options.sampler.batch_size)
+    compared = (
+        0 if schedule is None else min(options.pictures, options.comparisons * options.sampler.batch_size)
+    )
     ideal = 1.0 if schedule is None else schedule.ideal_speedup()
     seconds = 0.0 if there else trial * (options.pictures / ideal + compared)
-    return Planned(setting, policy if isinstance(policy, Policy) else None, schedule, fields, fingerprint, "there" if there else "stale" if stale else "new", seconds)
+    return Planned(
+        setting,
+        policy if isinstance(policy, Policy) else None,
+        schedule,
+        fields,
+        fingerprint,
+        "there" if there else "stale" if stale else "new",
+        seconds,
+    )
 
 
 def _trial(model: DiT, sampler: Sampler) -> float:

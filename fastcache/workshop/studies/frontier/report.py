@@ -1,4 +1,5 @@
 """The report of a frontier: frontier.json, frontier.csv, frontier.md and frontier.png."""
+
 import csv
 import io
 import json
@@ -10,18 +11,42 @@ import numpy as np
 
 from fastcache.workshop.environment import Environment, environment
 from fastcache.workshop.studies.comparison import Sampler
-from fastcache.workshop.studies.frontier.front import EXPECTED, FRECHET, METRICS, SPEEDS, OrderCheck, fronts, order_checks
+from fastcache.workshop.studies.frontier.front import (
+    EXPECTED,
+    FRECHET,
+    METRICS,
+    SPEEDS,
+    OrderCheck,
+    fronts,
+    order_checks,
+)
 from fastcache.workshop.studies.frontier.judging import Judge
 from fastcache.workshop.studies.frontier.results import FrontierRow, write_whole
 
-NO_ROUTER = "No L2C router was trained for this model: the setting `SmoothCache 2x per layer` stands for schedules of single layers."
-INTERVALS = (
-    "Equal interval is not equal work: on DiT, ToCa and DuCa start with a longer interval than the one that is set (5 for 3) and end with a shorter one (2), "
-    "and compute more steps in full than FORA and TaylorSeer; compare the ideal speedups that are given with each. Glyph DiT's features change fastest in the "
-    "first steps (results/calibration-curves.json), where the longer interval reuses them longest, and where the authors' ratio refreshes no token yet: that is the likely reason where ToCa or DuCa "
-    "are behind FORA. Speedups are of three pairs of batches: on a busy machine they are rough."
+NO_ROUTER = (
+    "No L2C router was trained for this model: the setting `SmoothCache 2x per layer` stands for schedules of"
+    " single layers."
 )
-COLUMNS = ("setting", "s a picture", "speedup", "ideal", "quotient", "Frechet", "PSNR", "read", "steps", "features")
+INTERVALS = (
+    "Equal interval is not equal work: on DiT, ToCa and DuCa start with a longer interval than the one that"
+    " is set (5 for 3) and end with a shorter one (2), and compute more steps in full than FORA and"
+    " TaylorSeer; compare the ideal speedups that are given with each. Glyph DiT's features change fastest in"
+    " the first steps (results/calibration-curves.json), where the longer interval reuses them longest, and"
+    " where the authors' ratio refreshes no token yet: that is the likely reason where ToCa or DuCa are"
+    " behind FORA. Speedups are of three pairs of batches: on a busy machine they are rough."
+)
+COLUMNS = (
+    "setting",
+    "s a picture",
+    "speedup",
+    "ideal",
+    "quotient",
+    "Frechet",
+    "PSNR",
+    "read",
+    "steps",
+    "features",
+)
 
 
 @dataclass(frozen=True)
@@ -38,16 +63,34 @@ class FrontierReport:
     order: list[OrderCheck]
 
 
-def report_of(sampler: Sampler, pictures: int, rows: Sequence[FrontierRow], missing: Sequence[str], judge: Judge, features: Mapping[str, np.ndarray]) -> FrontierReport:
+def report_of(
+    sampler: Sampler,
+    pictures: int,
+    rows: Sequence[FrontierRow],
+    missing: Sequence[str],
+    judge: Judge,
+    features: Mapping[str, np.ndarray],
+) -> FrontierReport:
     """The report of the rows that are there; features [n, 64] by setting, where they are known."""
-    return FrontierReport(environment(), sampler, pictures, judge.floor, list(rows), list(missing), fronts(rows), order_checks(rows, features, judge.real))
+    return FrontierReport(
+        environment(),
+        sampler,
+        pictures,
+        judge.floor,
+        list(rows),
+        list(missing),
+        fronts(rows),
+        order_checks(rows, features, judge.real),
+    )
 
 
 def write_report(report: FrontierReport, out: Path) -> None:
     """All four files, each replaced as a whole. Needs matplotlib (extra `demo`)."""
     from fastcache.workshop.studies.frontier.drawing import draw_frontier
 
-    write_whole(out / "frontier.json", lambda path: path.write_text(json.dumps(asdict(report), indent=2) + "\n"))
+    write_whole(
+        out / "frontier.json", lambda path: path.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    )
     write_whole(out / "frontier.csv", lambda path: path.write_text(_csv(report.rows)))
     write_whole(out / "frontier.md", lambda path: path.write_text(markdown(report)))
     write_whole(out / "frontier.png", lambda path: draw_frontier(report, path))
@@ -57,19 +100,41 @@ def markdown(report: FrontierReport) -> str:
     """Table, order and fronts, to be read."""
     where = report.environment
     lines = [
-        "# Quality against speed", "",
-        f"Glyph DiT, {report.pictures} pictures a setting, {report.sampler.steps} steps of {report.sampler.scheduler}, guidance {report.sampler.guidance}, the same seeds and labels for all. "
-        f"{where.processor}, {where.threads} threads, torch {where.torch}, backend {where.backend}.", "",
-        "Speedup: the median time of uncached batches over that of the setting's, which took turns with them. Ideal: uncached FLOPs / planned FLOPs. Quotient: measured / ideal. "
-        f"Frechet distance is to real pictures (two sets of real pictures: {report.floor:.3f}), PSNR is against the uncached pictures.", "",
-        NO_ROUTER, "",
-        *_table(report), "",
-        "## Order of methods at equal interval", "",
-        f"Expected from the papers: {' better than '.join(EXPECTED)}.", "",
-        *[f"- {line}" for line in order_lines(report.order)], "",
-        INTERVALS, "",
-        "## Pareto fronts", "",
-        *[f"- {metric.label} against {speed} speedup: {', '.join(report.fronts[speed][metric.name])}" for speed in SPEEDS for metric in METRICS], "",
+        "# Quality against speed",
+        "",
+        (
+            f"Glyph DiT, {report.pictures} pictures a setting, {report.sampler.steps} steps of"
+            f" {report.sampler.scheduler}, guidance {report.sampler.guidance}, the same seeds and labels for"
+            f" all. {where.processor}, {where.threads} threads, torch {where.torch}, backend {where.backend}."
+        ),
+        "",
+        (
+            "Speedup: the median time of uncached batches over that of the setting's, which took turns with"
+            " them. Ideal: uncached FLOPs / planned FLOPs. Quotient: measured / ideal. Frechet distance is"
+            f" to real pictures (two sets of real pictures: {report.floor:.3f}), PSNR is against the uncached"
+            " pictures."
+        ),
+        "",
+        NO_ROUTER,
+        "",
+        *_table(report),
+        "",
+        "## Order of methods at equal interval",
+        "",
+        f"Expected from the papers: {' better than '.join(EXPECTED)}.",
+        "",
+        *[f"- {line}" for line in order_lines(report.order)],
+        "",
+        INTERVALS,
+        "",
+        "## Pareto fronts",
+        "",
+        *[
+            f"- {metric.label} against {speed} speedup: {', '.join(report.fronts[speed][metric.name])}"
+            for speed in SPEEDS
+            for metric in METRICS
+        ],
+        "",
     ]
     if report.missing:
         lines += [f"Not measured yet: {', '.join(report.missing)}.", ""]
@@ -83,11 +148,17 @@ def order_lines(checks: Sequence[OrderCheck]) -> list[str]:
 
 def _order_line(check: OrderCheck) -> str:
     metric = next(metric for metric in METRICS if metric.name == check.metric)
-    ranking = ", ".join(f"{place.setting}: {metric.text.format(place.value)} (ideal {place.ideal_speedup:.2f}x)" for place in check.ranking)
+    ranking = ", ".join(
+        f"{place.setting}: {metric.text.format(place.value)} (ideal {place.ideal_speedup:.2f}x)"
+        for place in check.ranking
+    )
     line = f"interval {check.interval}, {metric.label}, best first: {ranking}; "
     if check.holds:
         return line + "as expected"
-    pairs = [f"{worse} better than {better}" + (" (within noise)" if (better, worse) in check.within_noise else "") for better, worse in check.broken]
+    pairs = [
+        f"{worse} better than {better}" + (" (within noise)" if (better, worse) in check.within_noise else "")
+        for better, worse in check.broken
+    ]
     return line + f"not as expected: {', '.join(pairs)}"
 
 
@@ -117,7 +188,11 @@ def _csv(rows: Sequence[FrontierRow]) -> str:
     left_out = ("batch_seconds", "uncached_batch_seconds")
     writer = None
     for row in rows:
-        record = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in asdict(row).items() if name not in left_out}
+        record = {
+            name: json.dumps(value) if isinstance(value, dict) else value
+            for name, value in asdict(row).items()
+            if name not in left_out
+        }
         if writer is None:
             writer = csv.DictWriter(text, list(record), lineterminator="\n")
             writer.writeheader()

@@ -1,4 +1,5 @@
 """Results on disk: one pair of files per setting, recognised by a fingerprint of all that it depends on."""
+
 import hashlib
 import json
 import os
@@ -47,7 +48,9 @@ class Store:
     def row(self, slug: str, fingerprint: str) -> FrontierRow | None:
         """The finished result of a setting; None if there is none, or one of another fingerprint."""
         found = self._record(slug)
-        return FrontierRow(**found["row"]) if found is not None and found["fingerprint"] == fingerprint else None
+        return (
+            FrontierRow(**found["row"]) if found is not None and found["fingerprint"] == fingerprint else None
+        )
 
     def stale(self, slug: str, fingerprint: str) -> bool:
         """True if there is a result, made by something else."""
@@ -89,7 +92,9 @@ def digest_of_file(path: Path) -> str:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` gets another path in the same folder; the file appears under its own name when it is complete."""
+    """`write` gets another path in the same folder; the file appears under its own name when it is
+    complete.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"partial-{path.name}")
     write(partial)

@@ -1,4 +1,5 @@
 """Measuring a frontier, a setting at a time; the report is renewed after each."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from fastcache.workshop.studies.frontier.results import FrontierRow
 
 
 def run_frontier(plan: FrontierPlan, out: Path) -> FrontierReport:
-    """Measures what is planned and not there yet; frontier.json, .csv, .md and .png in `out`, renewed after each setting.
+    """Measures what is planned and not there yet; frontier.json, .csv, .md and .png in `out`, renewed after
+    each setting.
 
     A run that was interrupted goes on where it stopped: a finished setting is not measured again.
     """
@@ -32,25 +34,48 @@ def run_frontier(plan: FrontierPlan, out: Path) -> FrontierReport:
 
 
 def _report(plan: FrontierPlan, judge: Judge) -> FrontierReport:
-    found = {planned.setting.name: plan.store.row(planned.setting.slug, planned.fingerprint) for planned in plan.grid}
+    found = {
+        planned.setting.name: plan.store.row(planned.setting.slug, planned.fingerprint)
+        for planned in plan.grid
+    }
     rows = [row for row in found.values() if row is not None]
     missing = [name for name, row in found.items() if row is None]
-    features = {planned.setting.name: plan.store.features(planned.setting.slug) for planned in plan.grid if planned.setting.interval is not None and found[planned.setting.name] is not None}
+    features = {
+        planned.setting.name: plan.store.features(planned.setting.slug)
+        for planned in plan.grid
+        if planned.setting.interval is not None and found[planned.setting.name] is not None
+    }
     return report_of(plan.options.sampler, plan.options.pictures, rows, missing, judge, features)
 
 
 def _measure(plan: FrontierPlan, planned: Planned, judge: Judge, on_batch: Callable[[], object]) -> None:
     options, setting = plan.options, planned.setting
-    measured = measure(plan.model, planned.policy, options.sampler, options.pictures, options.comparisons, on_batch)
+    measured = measure(
+        plan.model, planned.policy, options.sampler, options.pictures, options.comparisons, on_batch
+    )
     reference = None if setting is UNCACHED else plan.store.pictures(UNCACHED.slug)
     verdict = judge.verdict(measured.pictures, reference)
     arrays = {"features": verdict.features}
     if setting is UNCACHED:
         arrays["pictures"] = measured.pictures.numpy()
-    plan.store.write(setting.slug, planned.fingerprint, _row(planned, options.pictures, measured, verdict.frechet_distance, verdict.accuracy, verdict.psnr_db), arrays)
+    plan.store.write(
+        setting.slug,
+        planned.fingerprint,
+        _row(
+            planned, options.pictures, measured, verdict.frechet_distance, verdict.accuracy, verdict.psnr_db
+        ),
+        arrays,
+    )
 
 
-def _row(planned: Planned, pictures: int, measured: Measurement, frechet: float, accuracy: float, psnr_db: float | None) -> FrontierRow:
+def _row(
+    planned: Planned,
+    pictures: int,
+    measured: Measurement,
+    frechet: float,
+    accuracy: float,
+    psnr_db: float | None,
+) -> FrontierRow:
     setting, summary = planned.setting, measured.summary
     return FrontierRow(
         setting=setting.name,
@@ -77,7 +102,9 @@ def _row(planned: Planned, pictures: int, measured: Measurement, frechet: float,
 
 def _batches(plan: FrontierPlan, planned: Planned) -> int:
     count = -(-plan.options.pictures // plan.options.sampler.batch_size)
-    return count if planned.schedule is None else count + len(compared_batches(count, plan.options.comparisons))
+    return (
+        count if planned.schedule is None else count + len(compared_batches(count, plan.options.comparisons))
+    )
 
 
 def _bar(total: int) -> Any:
