@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from support import available_backends
 from torch import Tensor
 
 import fastcache
 from fastcache.backends import eager
 from fastcache.ops import Norm, ResidualUpdate, residual_update, residual_update_scatter_
-from support import available_backends
 
 BACKENDS = available_backends("cpu")
 FLOAT8 = "float8_e4m3fn"
@@ -246,7 +246,7 @@ class Call:
         scales = a["scales"]
         terms = [
             feature.double() * (1.0 if scales is None else scales[j][..., None].double())
-            for j, feature in zip(numbers, a["features"])
+            for j, feature in zip(numbers, a["features"], strict=False)
         ]
         if self.scatter:
             terms.insert(
@@ -276,7 +276,7 @@ def laid_out(values: Tensor, layout: str, offset: int = 0) -> tuple[Tensor, Tens
     """
     shape, D = list(values.shape), values.shape[-1] if values.ndim else 1
     pitch = {"wide": D + 7, "chunk": 6 * D}.get(layout, D)
-    sizes = shape[:-1] + [pitch]
+    sizes = [*shape[:-1], pitch]
     if layout == "alternate":
         sizes[-2] *= 2
     strides = [1] * len(sizes)
@@ -293,7 +293,11 @@ def laid_out(values: Tensor, layout: str, offset: int = 0) -> tuple[Tensor, Tens
         strides[0] = 0
     if layout == "repeated" and len(shape) == 3:
         strides[0], strides[1] = D, 0
-    reach = sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1 if values.numel() else 0
+    reach = (
+        sum((size - 1) * stride for size, stride in zip(shape, strides, strict=False)) + 1
+        if values.numel()
+        else 0
+    )
     buffer = torch.full(
         ((start + reach + GUARD) * values.element_size(),),
         0xFF if values.is_floating_point() else 0x7F,

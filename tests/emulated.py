@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cases
 import pytest
 import torch
-
-import cases
-from fastcache.ops import ResidualUpdate
 from processes import ROOT
+
+from fastcache.ops import ResidualUpdate
 
 EMULATOR = ROOT / "tests" / "emulator"
 TOKENS = ("select_tokens", "row_score", "relative_error")

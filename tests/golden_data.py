@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from golden.weights import fill_model
 from safetensors import safe_open
 from torch import Tensor
 
 from fastcache.models import DiT
-from golden.weights import fill_model
 
 FOLDER = Path(__file__).parent / "golden"
 CFG_SCALE = 1.5

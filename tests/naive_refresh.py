@@ -8,12 +8,12 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from hosts import inputs
 from torch import Tensor
 
-from fastcache.plan.forecast import forecast_weights
 from fastcache.models import DiT
+from fastcache.plan.forecast import forecast_weights
 from fastcache.schedule import Kind, Schedule, Score
-from hosts import inputs
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def run_naively(
                     past[0] = (past[0][0], feature.scatter(1, picked, fresh))
                 if action.kind is Kind.FORECAST:
                     weights = forecast_weights(step, [at for at, _ in past], min(action.order, len(past) - 1))
-                    feature = sum(weight * kept for weight, (_, kept) in zip(weights, past))
+                    feature = sum(weight * kept for weight, (_, kept) in zip(weights, past, strict=False))
                 else:
                     feature = past[0][1]
                 x = x + gate * feature
@@ -86,7 +86,7 @@ def run_naively(
 
 def attention_scores(attention, h: Tensor) -> dict[Score, Tensor]:
     """Received attention and value norms, from the materialised map."""
-    B, N, D = h.shape
+    B, N, _D = h.shape
     q, k, v = attention.qkv(h).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return {Score.ATTENTION: weights.mean(1).sum(1), Score.KV_NORM: (1 - v.norm(dim=-1)).sum(1)}

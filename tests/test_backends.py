@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import BACKENDS, FORMS, Form, assert_same_bits, build, each_backend, each_form
+from processes import fails, succeeds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
-from cases import BACKENDS, FORMS, Form, assert_same_bits, build, each_backend, each_form
 from fastcache import BackendError, backends, use_backend
 from fastcache.backends import eager
 from fastcache.ops import residual_update
-from processes import fails, succeeds
 
 CPU = torch.device("cpu")
 STATUS = fastcache.backends_status()

@@ -9,17 +9,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.cases import FLAGSHIP, SIZES, TINY, Case, Form, Size, cases  # noqa: E402
-from benchmarks.correctness import Reference, WrongValues  # noqa: E402
-from benchmarks.forms import NotMeasured, Prepared, input_bytes, measure_case  # noqa: E402
-from benchmarks.inputs import make_inputs  # noqa: E402
-from benchmarks.machine import threads  # noqa: E402
-from benchmarks.original_fora import OriginalFORA  # noqa: E402
-from benchmarks.providers import Provider, binder  # noqa: E402
-from benchmarks.run import Programme, main, measure_forms  # noqa: E402
-from benchmarks.session import TINY_SESSION, Run, Way, checked  # noqa: E402
-from benchmarks.timing import Effort, Timing, measure  # noqa: E402
-from benchmarks.token_operators import Disagreement, check, measure_operators, operator_cases  # noqa: E402
+from benchmarks.cases import FLAGSHIP, SIZES, TINY, Case, Form, Size, cases
+from benchmarks.correctness import Reference, WrongValues
+from benchmarks.forms import NotMeasured, Prepared, input_bytes, measure_case
+from benchmarks.inputs import make_inputs
+from benchmarks.machine import threads
+from benchmarks.original_fora import OriginalFORA
+from benchmarks.providers import Provider, binder
+from benchmarks.run import Programme, main, measure_forms
+from benchmarks.session import TINY_SESSION, Run, Way, checked
+from benchmarks.timing import Effort, Timing, measure
+from benchmarks.token_operators import Disagreement, check, measure_operators, operator_cases
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)

@@ -10,13 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.bandwidth import Bandwidth  # noqa: E402
-from benchmarks.gate import blocks, end_to_end, kernels, report, ways  # noqa: E402
-from benchmarks.gate.results import Results  # noqa: E402
-from benchmarks.gate.stage import Stage  # noqa: E402
-from benchmarks.machine import threads  # noqa: E402
-from benchmarks.timing import Effort, Timing  # noqa: E402
-from benchmarks.token_cases import TINY, BlockCase, ChoiceCase, Work  # noqa: E402
+from benchmarks.bandwidth import Bandwidth
+from benchmarks.gate import blocks, end_to_end, kernels, report, ways
+from benchmarks.gate.results import Results
+from benchmarks.gate.stage import Stage
+from benchmarks.machine import threads
+from benchmarks.timing import Effort, Timing
+from benchmarks.token_cases import TINY, BlockCase, ChoiceCase, Work
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)

@@ -8,10 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.correctness import WrongValues  # noqa: E402
-from benchmarks.machine import threads  # noqa: E402
-from benchmarks.method_floors import ridge_rows, step_floors, stream_bytes, weight_bytes  # noqa: E402
-from benchmarks.method_report import method_sections  # noqa: E402
+from benchmarks.correctness import WrongValues
+from benchmarks.machine import threads
+from benchmarks.method_floors import ridge_rows, step_floors, stream_bytes, weight_bytes
+from benchmarks.method_report import method_sections
 from benchmarks.methods import (
     METHODS,
     TINY_MODEL,
@@ -25,9 +25,9 @@ from benchmarks.methods import (
     checked,
     measure_methods,
     with_floors,
-)  # noqa: E402
-from benchmarks.timing import Effort  # noqa: E402
-from fastcache import FORA, SmoothCache, ToCa  # noqa: E402
+)
+from benchmarks.timing import Effort
+from fastcache import FORA, SmoothCache, ToCa
 from fastcache.schedule import (
     COMPUTE,
     REUSE,
@@ -37,7 +37,7 @@ from fastcache.schedule import (
     refresh,
     skip_step,
     uniform_step,
-)  # noqa: E402
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,8 @@ def test_every_method_computes_what_its_original_computes_in_fewer_operators() -
     contest = Contest(TINY_MODEL)
     operators, errors = checked(contest)
     found = {
-        (method and method.name, way): counts for (method, way), counts in zip(contest.entrants, operators)
+        (method and method.name, way): counts
+        for (method, way), counts in zip(contest.entrants, operators, strict=False)
     }
     assert len(found) == 1 + len(METHODS) * len(Way) and all(
         error is None or error < 1e-5 for error in errors

@@ -10,18 +10,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import fastcache  # noqa: E402
-from benchmarks.original import Original  # noqa: E402
-from benchmarks.original_taylorseer import OriginalTaylorSeer  # noqa: E402
-from benchmarks.original_toca import OriginalToCa, choose  # noqa: E402
-from fastcache.models import DiT  # noqa: E402
-from fastcache.engine.record import OperatorCount  # noqa: E402
-from fastcache.schedule import Selection  # noqa: E402
-from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error  # noqa: E402
-from hosts import STEPS, assert_close, inputs, small_dit  # noqa: E402
-from test_golden_token_refresh import POLICIES, policy_of  # noqa: E402
+from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
+from hosts import STEPS, assert_close, inputs, small_dit
+from test_golden_token_refresh import POLICIES, policy_of
 
-LAYOUT = lambda model: fastcache.hosts.recognise(model).layout()  # noqa: E731
+import fastcache
+from benchmarks.original import Original
+from benchmarks.original_taylorseer import OriginalTaylorSeer
+from benchmarks.original_toca import OriginalToCa, choose
+from fastcache.engine.record import OperatorCount
+from fastcache.models import DiT
+from fastcache.schedule import Selection
+
+LAYOUT = lambda model: fastcache.hosts.recognise(model).layout()
 TOKEN_POLICIES = {
     "toca": fastcache.ToCa(3, 0.3),
     "toca, flips": fastcache.ToCa(3, 0.3, reproduce_reference=True),
@@ -91,7 +92,7 @@ def by_block(policy: fastcache.Policy, original, steps: int) -> dict[str, float]
         model = small_dit(depth=depth)
         counts.append(generated(model, original(model, policy, steps), steps)[1])
         kinds = [step.kind for step in policy.schedule(steps, LAYOUT(model)).steps]
-    return {kind: (deep - shallow) / 4 for kind, shallow, deep in zip(kinds, *counts)}
+    return {kind: (deep - shallow) / 4 for kind, shallow, deep in zip(kinds, *counts, strict=False)}
 
 
 def test_blocks_of_the_originals_take_as_many_operators_as_the_specification_counts() -> None:

@@ -8,11 +8,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import token_choices  # noqa: E402
-from benchmarks.correctness import WrongValues  # noqa: E402
-from benchmarks.machine import threads  # noqa: E402
-from benchmarks.providers import Provider  # noqa: E402
-from benchmarks.timing import Effort  # noqa: E402
+from benchmarks import token_choices
+from benchmarks.correctness import WrongValues
+from benchmarks.machine import threads
+from benchmarks.providers import Provider
+from benchmarks.timing import Effort
 from benchmarks.token_cases import (
     SIZES,
     TINY,
@@ -21,9 +21,9 @@ from benchmarks.token_cases import (
     Work,
     block_cases,
     choice_cases,
-)  # noqa: E402
-from benchmarks.token_choices import CONTENDERS, SELECTION, make_choice  # noqa: E402
-from benchmarks.token_sequences import make_inputs, make_mlp, ours  # noqa: E402
+)
+from benchmarks.token_choices import CONTENDERS, SELECTION, make_choice
+from benchmarks.token_sequences import make_inputs, make_mlp, ours
 from benchmarks.tokens import (
     MLP_ALONE,
     PreparedBlock,
@@ -32,10 +32,10 @@ from benchmarks.tokens import (
     measure_block,
     measure_choice,
     measure_tokens,
-)  # noqa: E402
-from fastcache.backends.eager_tokens import select_tokens_  # noqa: E402
-from fastcache.models.dit import Mlp  # noqa: E402
-from fastcache.engine.record import OperatorCount  # noqa: E402
+)
+from fastcache.backends.eager_tokens import select_tokens_
+from fastcache.engine.record import OperatorCount
+from fastcache.models.dit import Mlp
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)
@@ -91,10 +91,10 @@ def test_contenders_of_a_block_agree_with_float64(provider: Provider, dtype: tor
 @each_work
 def test_a_block_that_leaves_out_a_part_is_refused(work: Work) -> None:
     prepared = PreparedBlock(BlockCase(work, TINY, 0.25), CPU, max_copies=1)
-    stale = lambda inputs: lambda: (inputs.x, ours(inputs)()[1])  # noqa: E731
+    stale = lambda inputs: lambda: (inputs.x, ours(inputs)()[1])
     with pytest.raises(WrongValues, match="cheat is off by"):
         prepared.bound_by("cheat", stale, may_fail=False)
-    wrong = lambda inputs: lambda: (ours(inputs)()[0], inputs.fresh)  # noqa: E731
+    wrong = lambda inputs: lambda: (ours(inputs)()[0], inputs.fresh)
     with pytest.raises(WrongValues, match="cheat is off by"):
         prepared.bound_by("cheat", wrong, may_fail=False)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, succeeds
 
 import fastcache
 from fastcache.backends import library
-from processes import ROOT, succeeds
 
 CPU = fastcache.backends.LIBRARIES["cpu"]
 FAST = "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DFASTCACHE_COMPILES_AVX2=OFF -DFASTCACHE_COMPILES_AVX512=OFF"

@@ -2,23 +2,25 @@
 and 11).
 """
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hosts import STEPS, foreign_dit, inputs, run, small_dit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcache
 import fastcache.calibration.errors
-from fastcache import Calibration, FORA, ScheduleError, SessionError, SmoothCache
-from fastcache.calibration.scan import ErrorCurves, greedy_schedule
+from fastcache import FORA, Calibration, ScheduleError, SessionError, SmoothCache
 from fastcache.calibration.errors import ErrorObserver
+from fastcache.calibration.scan import ErrorCurves, greedy_schedule
 from fastcache.hosts import recognise
 from fastcache.plan.published import FINGERPRINT
 from fastcache.schedule import Branch, Layout
-from hosts import STEPS, foreign_dit, inputs, run, small_dit
 
 EXAMPLE = (
     (0.05, 0.05, 0.20, 0.05, 0.30, 0.05, 0.05, 0.30, 0.05),
@@ -87,7 +89,7 @@ def test_every_run_of_reuses_was_allowed_by_the_error_at_its_far_end(errors, thr
     schedule = greedy_schedule(errors, threshold)
     T = len(schedule)
     computed = [i for i, flag in enumerate(schedule) if flag] + [T]
-    for i, following in zip(computed, computed[1:]):
+    for i, following in itertools.pairwise(computed):
         skips = following - i - 1
         # a run that ends at the last step was longer by the one that must compute
         allowed = [skips, skips + 1] if following == T - 1 else [skips]
@@ -232,7 +234,7 @@ def observed(features: Tensor, K: int, runs: int = 1) -> ErrorObserver:
     for run_features in features:
         history: list[list[Tensor]] = [[] for _ in range(L)]
         for step in range(T):
-            for kept, feature in zip(history, run_features[step]):
+            for kept, feature in zip(history, run_features[step], strict=False):
                 kept.insert(0, feature)
                 del kept[observer.history :]
             observer(step, 0, history)
@@ -265,7 +267,7 @@ def test_one_operator_call_a_step_and_none_at_the_first() -> None:
     )
     history: list[list[Tensor]] = [[], []]
     for step in range(5):
-        for kept, feature in zip(history, features[step]):
+        for kept, feature in zip(history, features[step], strict=False):
             kept.insert(0, feature)
         observer(step, 0, history)
     assert calls == [(2, 2), (2, 4), (2, 6), (2, 6)]  # a longer history than asked for is not an error
@@ -297,8 +299,8 @@ def test_the_observer_uses_the_operator_by_default() -> None:
     found = observer.curves()
     assert all(
         a == pytest.approx(b, rel=1e-5)
-        for one, other in zip(found.errors, expected.errors)
-        for a, b in zip(one, other)
+        for one, other in zip(found.errors, expected.errors, strict=False)
+        for a, b in zip(one, other, strict=False)
     )
 
 
@@ -333,7 +335,7 @@ class StandIn:
         bodies = [body for block in self.model.blocks for body in (block.attn, block.mlp)]
         self.hooks = [
             body.register_forward_hook(lambda _m, _a, out, kept=kept: kept.insert(0, out))
-            for body, kept in zip(bodies, self.history)
+            for body, kept in zip(bodies, self.history, strict=False)
         ]
         self.hooks.append(self.model.final_layer.register_forward_hook(self.after))
         return self

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 import fastcache.cli.main
 from fastcache import backends
 from fastcache.cli.app import app
-from fastcache.workshop.studies.comparison import SETTINGS, Sampler
-from fastcache.workshop.studies.demo import run_demo
 from fastcache.models import DiT
 from fastcache.models.checkpoint import Checkpoint, write_checkpoint
-from fastcache.policies import FORA
-from fastcache.workshop.studies.quality import run_quality
-from fastcache.schedule import Schedule
 from fastcache.ops.verify import FORMS, verify
+from fastcache.policies import FORA
+from fastcache.schedule import Schedule
+from fastcache.workshop.studies.comparison import SETTINGS, Sampler
+from fastcache.workshop.studies.demo import run_demo
+from fastcache.workshop.studies.quality import run_quality
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

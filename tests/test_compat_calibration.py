@@ -10,10 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+from component_model import STEPS, Block, Model, call_tiny, generation, model, tiny_diffusers_dit, x_of
+
 from fastcache import SessionError, SmoothCache
 from fastcache.compat.smoothcache import CalibrationHelper, DiffuserCacheHelper, DiffuserCalibrationHelper
 from fastcache.plan.published import FINGERPRINT
-from component_model import STEPS, Block, Model, call_tiny, generation, model, tiny_diffusers_dit, x_of
 
 
 def rows_by_definition(outputs: list[list[list[Tensor]]], K: int) -> list[list[float]]:
@@ -40,7 +41,7 @@ def measured(host: Model, shifts: list[float]) -> list[list[list[Tensor]]]:
         run = [[] for _ in host.blocks]
         hooks = [
             block.attn.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out.clone()))
-            for block, kept in zip(host.blocks, run)
+            for block, kept in zip(host.blocks, run, strict=False)
         ]
         for step in range(STEPS):
             host(x_of(step) + shift)
@@ -67,8 +68,8 @@ def test_calibration_averages_the_published_errors_over_blocks_and_runs(
     assert [len(row) for row in calibration.errors["attn"]] == [5, 4, 3]
     assert all(
         a == pytest.approx(b, rel=1e-5)
-        for found, row in zip(calibration.errors["attn"], rows)
-        for a, b in zip(found, row)
+        for found, row in zip(calibration.errors["attn"], rows, strict=False)
+        for a, b in zip(found, row, strict=False)
     )
     assert all("forward" not in vars(module) for module in host.modules())
     assert json.loads((tmp_path / "s.json").read_text()) == calibration.schedule

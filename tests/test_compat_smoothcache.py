@@ -11,16 +11,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
+from component_model import STEPS, Block, Model, generation, model, tiny_diffusers_dit, x_of
 from diffusers import DiTTransformer2DModel, StableAudioDiTModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.stable_audio_transformer import StableAudioDiTBlock
+from golden.weights import fill_model
+from golden_data import CFG_SCALE, FOLDER, TOLERANCE, golden_model, load_case, relative_error
+from hosts import ForeignBlock, assert_close, reference, small_dit
+from hosts import run as run_dit
 
 from fastcache import HostError, ScheduleError, SessionError, SmoothCache, accelerate
 from fastcache.compat.smoothcache import DiffuserCacheHelper, DiTCacheHelper, SmoothCacheHelper
-from component_model import STEPS, Block, Model, generation, model, tiny_diffusers_dit, x_of
-from golden.weights import fill_model
-from golden_data import CFG_SCALE, FOLDER, TOLERANCE, golden_model, load_case, relative_error
-from hosts import ForeignBlock, assert_close, reference, run as run_dit, small_dit
 
 SCHEDULE = [1, 0, 1, 0, 0, 1]
 
@@ -51,7 +52,8 @@ def expected(host: Model, flags: dict[str, list[int]], batch: int = 2) -> list[T
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict]:
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        return tensors, json.loads(file.metadata()["config"])
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def test_diffusers_dit_equals_the_original_at_every_step_and_in_a_second_generat
         for _ in range(2):
             found = [
                 host(x, timestep=t, class_labels=tensors["class_labels"], return_dict=False)[0]
-                for x, t in zip(tensors["x_in"], tensors["t"])
+                for x, t in zip(tensors["x_in"], tensors["t"], strict=False)
             ]
             errors = [relative_error(a[:, :4], b) for a, b in zip(found, tensors["model_out"], strict=True)]
             assert max(errors) < TOLERANCE, errors
@@ -86,11 +88,14 @@ def test_stable_audio_equals_the_original_at_every_step() -> None:
         "return_dict": False,
     }
     with SmoothCacheHelper(host, StableAudioDiTBlock, config["components"], config["schedule"]):
-        found = [host(x, t, **inputs)[0] for x, t in zip(tensors["x_in"], tensors["t"])]
+        found = [host(x, t, **inputs)[0] for x, t in zip(tensors["x_in"], tensors["t"], strict=False)]
     errors = [relative_error(a, b) for a, b in zip(found, tensors["model_out"], strict=True)]
     assert max(errors) < TOLERANCE, errors
     assert (
-        max(relative_error(a, b) for a, b in zip(tensors["model_out_uncached"], tensors["model_out"]))
+        max(
+            relative_error(a, b)
+            for a, b in zip(tensors["model_out_uncached"], tensors["model_out"], strict=False)
+        )
         > 10 * TOLERANCE
     )
     assert (
@@ -164,7 +169,7 @@ def test_outputs_follow_the_schedule(flags: dict) -> None:
     host = model()
     with helper(host, flags):
         found = generation(host)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, flags)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, flags), strict=False))
 
 
 @torch.no_grad()
@@ -213,7 +218,7 @@ def test_two_calls_a_step_have_stored_outputs_of_their_own() -> None:
     with helper(host, calls_per_step=2):
         found = [(host(x_of(step)), host(x_of(step) + 1)) for step in range(STEPS)]
     first = expected(host, {"attn": SCHEDULE})
-    assert all(torch.equal(a, b) for (a, _), b in zip(found, first))
+    assert all(torch.equal(a, b) for (a, _), b in zip(found, first, strict=False))
     assert not torch.equal(found[1][1], found[1][0])
 
 
@@ -243,7 +248,7 @@ def test_a_second_generation_starts_over_by_itself() -> None:
     with helper(host) as cache:
         first, second = generation(host), generation(host)
         assert cache.cache == {} and set(cache.current_steps.values()) == {0}
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=False))
 
 
 @torch.no_grad()
@@ -258,7 +263,7 @@ def test_an_aborted_run_starts_over() -> None:
         host.fail = False
         assert set(cache.current_steps.values()) == {0} and cache.cache == {}
         found = generation(host)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, {"attn": SCHEDULE})))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, {"attn": SCHEDULE}), strict=False))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -271,7 +276,9 @@ def test_another_batch_in_the_middle_of_a_generation_starts_over_and_never_broad
         host(x_of(0))
         found = generation(host, batch)
     assert "changed" in caplog.text
-    assert all(torch.equal(a, b) for a, b in zip(found, expected(host, {"attn": SCHEDULE}, batch)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, expected(host, {"attn": SCHEDULE}, batch), strict=False)
+    )
 
 
 @torch.no_grad()
@@ -284,14 +291,13 @@ def test_enabling_twice_and_disabling_restores_the_originals() -> None:
     cache.disable()
     cache.disable()
     assert {name: vars(module).get("forward") for name, module in host.named_modules()} == before
-    assert all(torch.equal(a, b) for a, b in zip(generation(host), expected(host, {})))
+    assert all(torch.equal(a, b) for a, b in zip(generation(host), expected(host, {}), strict=False))
 
 
 def test_two_helpers_on_one_model_are_refused_and_the_first_stays() -> None:
     host = model()
-    with helper(host):
-        with pytest.raises(SessionError, match="cached already"):
-            helper(host).enable()
+    with helper(host), pytest.raises(SessionError, match="cached already"):
+        helper(host).enable()
     assert all("forward" not in vars(module) for module in host.modules())
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-import fastcache
 from cases import SCATTERS, UPDATES, Form, assert_same_bits, build, each_dtype, verify
-from fastcache.ops import Norm
 from processes import succeeds
 from test_instruction_sets import SETS, VARIABLE
+
+import fastcache
+from fastcache.ops import Norm
 
 CPU = fastcache.backends.LIBRARIES["cpu"]
 

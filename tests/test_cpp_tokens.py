@@ -4,13 +4,13 @@ keys.
 
 import pytest
 import torch
+from processes import succeeds
+from test_instruction_sets import CPP, SETS, VARIABLE
 from torch import Tensor
 
 import fastcache
 from fastcache.backends import eager
 from fastcache.ops import relative_error, row_score, select_tokens_, value_norm
-from processes import succeeds
-from test_instruction_sets import CPP, SETS, VARIABLE
 
 pytestmark = pytest.mark.skipif(not CPP.available, reason=f"cpp: {CPP.reason}")
 

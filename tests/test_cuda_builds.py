@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from fastcache.backends import library
 from nvcc import MISSING, NVCC, Kernel, compiled, run
 from processes import ROOT
+
+from fastcache.backends import library
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
 

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import pytest
-import torch
-
 import cases
 import emulated
+import pytest
+import torch
 from cases import (
     FORMS,
     LAYOUTS,
@@ -21,6 +20,7 @@ from cases import (
     each_precision,
     verify,
 )
+
 from fastcache.backends import eager
 from fastcache.ops import Norm
 

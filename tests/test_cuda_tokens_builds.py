@@ -3,7 +3,6 @@ loads.
 """
 
 import pytest
-
 from nvcc import MISSING, NVCC, Kernel, compiled
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)

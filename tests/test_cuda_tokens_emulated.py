@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
+import emulated
 import pytest
 import torch
-
-import emulated
-from fastcache.backends import eager
 from test_cpp_tokens import OPTIONS, hostile_rows
+
+from fastcache.backends import eager
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BAD_COUNT = 4

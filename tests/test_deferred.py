@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import assert_same_bits, laid_out, random_values
 from torch import Tensor
 
 import fastcache.stream.deferred
-from cases import assert_same_bits, laid_out, random_values
 from fastcache import ResidualStream
 from fastcache.stream.deferred import Deferred
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import FLOAT8, VECTOR_SHAPES, Call, Form, build, each_form
 from torch import Tensor
 
-from cases import FLOAT8, VECTOR_SHAPES, Call, Form, build, each_form
 from fastcache.ops import Norm
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -128,7 +128,7 @@ def assert_defined(form: Form) -> None:
             torch.testing.assert_close(one, other, **EXACT)
     if errors is not None:
         torch.testing.assert_close(found.errors, errors.float())
-    for name, tensor in zip(("slot", "slot_scale"), stored):
+    for name, tensor in zip(("slot", "slot_scale"), stored, strict=False):
         if tensor is not None:
             assert torch.equal(call.arguments[name].view(torch.uint8), tensor.view(torch.uint8)), name
 

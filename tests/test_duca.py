@@ -5,12 +5,12 @@ runs.
 from dataclasses import fields
 
 import pytest
+from golden_data import load_actions
+from token_plans import as_recorded, computed_blocks, kinds, layout, tokens_at
 
 import fastcache
 from fastcache import DuCa, Score, ToCa
 from fastcache.schedule import COMPUTE, REUSE
-from golden_data import load_actions
-from token_plans import as_recorded, computed_blocks, kinds, layout, tokens_at
 
 REFERENCE = DuCa(3, 0.05, reproduce_reference=True)
 

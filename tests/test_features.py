@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from fastcache.errors import SessionError
 from fastcache.engine.features import FeatureStore
+from fastcache.errors import SessionError
 
 
 def test_a_borrowed_slot_is_the_tensor_itself() -> None:

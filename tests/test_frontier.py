@@ -171,7 +171,7 @@ def test_only_measures_what_is_named_and_says_what_is_missing(tmp_path):
 
 
 def test_patterns_choose_by_method_name_or_file_name():
-    names = lambda *only: [setting.name for setting in chosen(DEFAULT_GRID, only)]  # noqa: E731
+    names = lambda *only: [setting.name for setting in chosen(DEFAULT_GRID, only)]
     assert names("FORA") == ["uncached", "FORA 2", "FORA 3", "FORA 5"]
     assert names("toca 3*", "duca-5-attention") == [
         "uncached",
@@ -301,7 +301,7 @@ def test_no_point_of_the_front_is_beaten_and_every_other_one_is():
     for _ in range(20):
         points = [tuple(point) for point in rng.integers(0, 6, (12, 2)).astype(float)]
         front = pareto_front(points)
-        beaten = lambda p: any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)  # noqa: E731
+        beaten = lambda p: any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
         assert {points[index] for index in front} == {point for point in points if not beaten(point)}
         assert [points[index][0] for index in front] == sorted({points[index][0] for index in front})
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from hosts import STEPS, assert_close, inputs, reference, run, small_dit
 
 import fastcache
 from fastcache.engine.modulation import gate_bank
 from fastcache.engine.modulation.gate_bank import GateBank
 from fastcache.hosts import recognise
-from hosts import STEPS, assert_close, inputs, reference, run, small_dit
 
 POLICY = fastcache.FORA(interval=3)
 FULL = POLICY.full_steps(STEPS)

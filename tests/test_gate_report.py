@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.gate.report import RESULTS, main, runs  # noqa: E402
+from benchmarks.gate.report import RESULTS, main, runs
 
 ROW = {
     "case": "trunk-dit-256-b2-bf16", "form": "trunk", "size": "DiT-256 B2", "dtype": "bf16", "bytes": 68_677_856, "cache": "cold", "buffers": 2, "share_of_datasheet": 0.5, "host_us": 3.0, "launches": 1,

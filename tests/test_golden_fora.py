@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import fastcache
 from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case
 from support import available_backends
+
+import fastcache
 
 CASE = "dit_fora_n3"
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
+from support import available_backends
 
 import fastcache
 from fastcache.schedule import Kind
-from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
-from support import available_backends
 
 POLICIES = {"dit_toca_attention": fastcache.ToCa, "dit_duca_kvnorm": fastcache.DuCa}
 FLAGS = (

@@ -1,7 +1,6 @@
 """The reference DiT computes what the original family computes."""
 
 import torch
-
 from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
 
 

@@ -10,10 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.bandwidth import Bandwidth  # noqa: E402
-from benchmarks.cases import TINY, Case, Form, cases  # noqa: E402
+from benchmarks.bandwidth import Bandwidth
+from benchmarks.cases import TINY, Case, Form, cases
 from benchmarks.gate import (
     __main__ as gate,
+)
+from benchmarks.gate import (
     build,
     contenders,
     end_to_end,
@@ -22,13 +24,13 @@ from benchmarks.gate import (
     sanitized,
     sanitizer,
     ways,
-)  # noqa: E402
-from benchmarks.gate.prerequisites import Tool  # noqa: E402
-from benchmarks.gate.results import Results  # noqa: E402
-from benchmarks.gate.stage import Failed, Stage  # noqa: E402
-from benchmarks.gate.tests import Progress  # noqa: E402
-from benchmarks.graphed import captured, host_us, measure_replays  # noqa: E402
-from benchmarks.timing import Effort, Timing  # noqa: E402
+)
+from benchmarks.gate.prerequisites import Tool
+from benchmarks.gate.results import Results
+from benchmarks.gate.stage import Failed, Stage
+from benchmarks.gate.tests import Progress
+from benchmarks.graphed import captured, host_us, measure_replays
+from benchmarks.timing import Effort, Timing
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)

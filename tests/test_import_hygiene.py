@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from processes import ROOT, copied_package, succeeds
 
 # makes packages look as if they were not installed, to `import` and to importlib.util.find_spec

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
+from hosts import run, small_dit
 
 from fastcache import FORA, SessionError, accelerate
 from fastcache.backends import index_errors, index_flags, take_index_errors
 from fastcache.engine.index_check import devices_of
-from hosts import run, small_dit
 
 CPU = torch.device("cpu")
 

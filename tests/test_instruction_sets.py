@@ -4,10 +4,10 @@ import ctypes
 import os
 
 import pytest
+from processes import run_python, succeeds
 
 import fastcache
 from fastcache.backends import library
-from processes import run_python, succeeds
 
 CPP = fastcache.backends_status()["cpp"]
 pytestmark = pytest.mark.skipif(not CPP.available, reason=f"cpp: {CPP.reason}")

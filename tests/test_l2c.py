@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from hosts import STEPS, run, small_dit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastcache
 from fastcache import L2C, ScheduleError
 from fastcache.schedule import COMPUTE, Branch, Layout
-from hosts import STEPS, run, small_dit
 
 
 def layout(depth: int) -> Layout:

@@ -7,12 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch._dynamo.testing import CompileCounter
-from torch._inductor.utils import run_and_get_code
-from torch._subclasses import FakeTensorMode
-from torch.library import opcheck
-
 from cases import (
     FLOAT8,
     FORMS,
@@ -25,9 +19,15 @@ from cases import (
     each_form,
     each_layout,
 )
+from processes import copied_package, fails, succeeds
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+
 from fastcache.backends import library
 from fastcache.ops import Norm, residual_update, residual_update_scatter_
-from processes import copied_package, fails, succeeds
 
 BUILT = pytest.mark.skipif(
     not (library.PACKAGE / "lib" / "libfastcache_cpu.so").exists(),

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-import fastcache
 from cases import (
     BACKENDS,
     PRECISIONS,
@@ -32,6 +30,8 @@ from cases import (
     random_values,
     verify,
 )
+
+import fastcache
 from fastcache.ops import Norm, residual_update
 
 EVERYTHING = UPDATES["all"]
@@ -162,7 +162,7 @@ def test_any_number_of_frames_that_divides_the_tokens(frames: int, backend: str)
 def test_chunks_of_an_adaln_output_are_taken_as_they_are(backend: str) -> None:
     batch, tokens, channels = 3, 5, 40
     modulation = random_values((batch, 6 * channels), "bfloat16", 1)
-    shift, scale, gate, _, _, packed = modulation.chunk(6, 1)
+    shift, scale, gate, _, _, _packed = modulation.chunk(6, 1)
     assert shift.stride() == gate.stride() == (6 * channels, 1)
     x, feature = (random_values((batch, tokens, channels), "bfloat16", seed) for seed in (2, 3))
     with fastcache.use_backend(backend):

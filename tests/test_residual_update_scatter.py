@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from cases import (
     BACKENDS,
     FLOAT8,
@@ -31,6 +29,8 @@ from cases import (
     random_values,
     verify,
 )
+from torch import Tensor
+
 from fastcache.ops import Norm, ResidualUpdate
 
 EVERYTHING = SCATTERS["refresh-all"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from hosts import small_dit
 
 import fastcache
 from fastcache.errors import ScheduleError
@@ -25,7 +26,6 @@ from fastcache.schedule import (
     skip_step,
     uniform_step,
 )
-from hosts import small_dit
 
 LAYOUT = Layout(
     "test",
@@ -88,10 +88,9 @@ def test_ideal_speedup_is_uncached_over_planned() -> None:
 
 def test_flops_of_a_dit_equal_a_count_of_its_matrix_multiplies() -> None:
     """2 per multiply-add of every matrix multiply and attention that a real forward dispatches."""
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-
-    import torch
 
     model = small_dit()
     counter = FlopCounterMode(display=False)

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import available_backends
 
 import fastcache
 from fastcache.ops import select_tokens_
-from support import available_backends
 
 NAN = float("nan")
 
@@ -51,7 +52,7 @@ def reference(
             not math.isnan(values[token]),
             -values[token] if not math.isnan(values[token]) else 0.0,
             token,
-        )  # noqa: E731
+        )
         if cell:
             winners = []
             for top in range(len(values) // width // cell):
@@ -88,7 +89,7 @@ def test_a_negative_score_is_lowered_by_the_bonus(backend) -> None:
     score = torch.tensor([[-1.0, -1.1, -1.2, -1.3]])
     pick = lambda **options: select_tokens_(
         score, torch.zeros(1, 4, dtype=torch.int32), counts_of(1), 1, normalize=False, **options
-    ).index.item()  # noqa: E731
+    ).index.item()
     assert pick() == 0
     assert pick(width=2, cell=2, bonus=0.8) == 1  # the best of the cell became the worst
 

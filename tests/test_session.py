@@ -5,12 +5,12 @@ import threading
 
 import pytest
 import torch
+from hosts import CLASSES, STEPS, assert_close, foreign_dit, inputs, reference, run, small_dit
+from support import available_backends
 
 import fastcache
 from fastcache.hosts import recognise
 from fastcache.schedule import COMPUTE, REUSE, Schedule, StepPlan, full_step, skip_step, uniform_step
-from hosts import CLASSES, STEPS, assert_close, foreign_dit, inputs, reference, run, small_dit
-from support import available_backends
 
 POLICY = fastcache.FORA(interval=3)
 FULL = POLICY.full_steps(STEPS)
@@ -325,9 +325,8 @@ def test_low_precision_models_stay_close(backend, dtype) -> None:
 
 def test_grad_mode_with_trainable_parameters_raises_and_restores() -> None:
     model = small_dit().requires_grad_(True)
-    with pytest.raises(RuntimeError, match="forward-only"):
-        with fastcache.accelerate(model, POLICY, STEPS):
-            model(*inputs(0))
+    with pytest.raises(RuntimeError, match="forward-only"), fastcache.accelerate(model, POLICY, STEPS):
+        model(*inputs(0))
     assert "forward" not in model.__dict__
 
 

@@ -6,7 +6,11 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
+from hosts import STEPS, assert_close, reference, run, small_dit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import available_backends
 
 import fastcache
 from fastcache import ScheduleError, SmoothCache
@@ -29,9 +33,6 @@ from fastcache.schedule import (
     refresh,
     uniform_step,
 )
-from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
-from hosts import STEPS, assert_close, reference, run, small_dit
-from support import available_backends
 
 
 def layout(depth: int = 2) -> Layout:
@@ -209,7 +210,7 @@ def test_bad_arguments_of_the_pattern_are_named(arguments: tuple) -> None:
 )
 def test_a_schedule_survives_the_published_form(rows: list[list[int]]) -> None:
     keys = [f"{name}-{block}" for block in range(3) for name in ("attn", "mlp")]
-    plan = SmoothCache(dict(zip(keys, rows))).schedule(len(rows[0]), layout(3))
+    plan = SmoothCache(dict(zip(keys, rows, strict=False))).schedule(len(rows[0]), layout(3))
     again = SmoothCache(plan.to_smoothcache()).schedule(len(rows[0]), layout(3))
     assert again.steps == plan.steps
 

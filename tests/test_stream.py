@@ -6,15 +6,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import BACKENDS, assert_same_bits, each_backend, random_values
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import fastcache
 import fastcache.stream.residual_stream
-from cases import BACKENDS, assert_same_bits, each_backend, random_values
 from fastcache import ResidualStream, use_backend
-from fastcache.ops import Norm, residual_update, slot_map
 from fastcache.engine.record import OperatorCount
+from fastcache.ops import Norm, residual_update, slot_map
 
 B, N, D = 2, 6, 24
 COMPILED = [backend for backend in BACKENDS if backend != "eager"]

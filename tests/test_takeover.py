@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
+from hosts import STEPS, assert_close, foreign_dit, inputs, reference, run, small_dit
 from torch import nn
 
 import fastcache
-from hosts import STEPS, assert_close, foreign_dit, inputs, reference, run, small_dit
 
 POLICY = fastcache.FORA(interval=3)
 FULL = POLICY.full_steps(STEPS)
@@ -41,15 +41,14 @@ def test_an_exception_inside_restores_the_model_and_the_next_use_is_clean(step: 
     def fail(module, args):
         raise Stop
 
-    with pytest.raises(Stop):
-        with fastcache.accelerate(model, POLICY, STEPS) as session:
-            run(model, step)
-            handle = (
-                model.blocks[1].attn.register_forward_pre_hook(fail)
-                if step in FULL
-                else model.final_layer.register_forward_pre_hook(fail)
-            )
-            model(*inputs(step))
+    with pytest.raises(Stop), fastcache.accelerate(model, POLICY, STEPS) as session:
+        run(model, step)
+        handle = (
+            model.blocks[1].attn.register_forward_pre_hook(fail)
+            if step in FULL
+            else model.final_layer.register_forward_pre_hook(fail)
+        )
+        model(*inputs(step))
     handle.remove()
     assert forwards(model) == before and session._trunk.nbytes == 0
     assert all(torch.equal(a, b) for a, b in zip(run(model), expected, strict=True))
@@ -68,7 +67,7 @@ def test_an_exception_that_is_caught_inside_starts_a_new_generation() -> None:
 
 def test_an_instance_forward_of_the_users_own_comes_back() -> None:
     model = small_dit()
-    own = lambda *args: type(model).forward(model, *args)  # noqa: E731
+    own = lambda *args: type(model).forward(model, *args)
     model.forward = own
     with fastcache.accelerate(model, POLICY, STEPS):
         assert_close(run(model), reference(model, FULL))

@@ -7,14 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hosts import assert_close, inputs, small_dit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import available_backends
 
 import fastcache
 from fastcache import TaylorSeer
 from fastcache.plan.forecast import forecast_weights
 from fastcache.schedule import REUSE, Branch, Layout, Schedule, forecast
-from hosts import assert_close, inputs, small_dit
-from support import available_backends
 
 DIT_XL_2 = Layout(
     "DiT", 256, 1152, 16, tuple(Branch(index // 2, ("attn", "mlp")[index % 2], 1) for index in range(56))
@@ -48,7 +49,7 @@ def forecasts(feature, policy: TaylorSeer, steps: int, index=lambda k, steps: k)
             continue
         order = plan.steps[k].actions[0].order or 0
         weights = forecast_weights(k, stored, order)
-        found[k] = sum(weight * feature(index(s, steps)) for weight, s in zip(weights, stored))
+        found[k] = sum(weight * feature(index(s, steps)) for weight, s in zip(weights, stored, strict=False))
     return found
 
 
@@ -147,7 +148,7 @@ def test_a_non_uniform_gap_uses_only_the_last_one_for_every_order() -> None:
     for i in (43, 42, 41):
         x = i - 44
         weights = forecast_weights(49 - i, [5, 1, 0], 2)
-        assert sum(w * F[49 - s] for w, s in zip(weights, [5, 1, 0])) == pytest.approx(
+        assert sum(w * F[49 - s] for w, s in zip(weights, [5, 1, 0], strict=False)) == pytest.approx(
             F[44] + D1 * x + D2 * x**2 / 2
         )
 
@@ -177,7 +178,7 @@ def test_weights_equal_the_difference_form_on_random_features(
         for k in range(1, gap):
             weights = forecast_weights(step + k, stored, order)
             assert sum(weights) == pytest.approx(1.0, abs=1e-8)
-            combined = sum(weight * feature for weight, feature in zip(weights, features))
+            combined = sum(weight * feature for weight, feature in zip(weights, features, strict=False))
             scale = max(1.0, sum(abs(weight) for weight in weights))
             assert np.abs(combined - differences.predict(step + k)).max() < 1e-11 * scale
         step += gap

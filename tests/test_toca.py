@@ -5,15 +5,15 @@ runs.
 from dataclasses import fields
 
 import pytest
+from golden_data import load_actions
+from token_plans import as_recorded, computed_blocks, kinds, layout, tokens_at
 
 import fastcache
-from fastcache import DuCa, FORA, Schedule, Score, ToCa
+from fastcache import FORA, DuCa, Schedule, Score, ToCa
 from fastcache.policies.fresh_ratio import Line
 from fastcache.policies.toca import DIT
 from fastcache.policies.token_steps import AdaptiveCycle
 from fastcache.schedule import Layout
-from golden_data import load_actions
-from token_plans import as_recorded, computed_blocks, kinds, layout, tokens_at
 
 DDIM = ToCa(fresh_threshold=3, reproduce_reference=True)
 ALL_PARTIAL = 100  # a threshold above the number of steps of every test that uses it
@@ -439,7 +439,7 @@ def test_a_drawing_shades_refreshes_by_their_share_of_tokens(tmp_path) -> None:
     schedule = DDIM.schedule(50, layout())
     schedule.draw(tmp_path / "steps.png")
     found = {
-        "#%02x%02x%02x" % colour
+        "#{:02x}{:02x}{:02x}".format(*colour)
         for _, colour in image.open(tmp_path / "steps.png").convert("RGB").getcolors(1 << 20)
     }
     drawn = [_shade(tokens / 256) for tokens in (0, 21, 156)]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support import available_backends
 
 import fastcache
 from fastcache.backends import eager, eager_tokens
 from fastcache.ops import attention_received, relative_error, row_score, value_norm
-from support import available_backends
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPERATORS = ("row_score", "value_norm", "attention_received", "relative_error")

@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed (extra `triton`)")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on: kernels are not compiled", allow_module_level=True)
 
-from ahead_of_time import Build, compiled  # noqa: E402
+from ahead_of_time import Build, compiled
+
 from fastcache.backends.triton_config import (
     ATTENTION_CONFIGS,
     EXACT_ATTENTION,
@@ -21,8 +22,8 @@ from fastcache.backends.triton_config import (
     AttentionConfig,
     attention_config,
     head_split,
-)  # noqa: E402
-from fastcache.kernels.attention_received import lse_kernel, received_kernel  # noqa: E402
+)
+from fastcache.kernels.attention_received import lse_kernel, received_kernel
 
 each_architecture = pytest.mark.parametrize("capability", [80, 90, 100])
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma|wgmma\.mma_async|mma\.sync"}
@@ -134,7 +135,7 @@ def test_a_head_is_cut_into_powers_of_two_that_hold_it(d: int, expected: tuple[i
 def test_every_head_is_held_by_its_parts(d: int) -> None:
     head, tail = head_split(d)
     assert d <= head + tail < 2 * max(16, d) and all(
-        part == 0 or part >= 16 and part & (part - 1) == 0 for part in (head, tail)
+        part == 0 or (part >= 16 and part & (part - 1) == 0) for part in (head, tail)
     )
 
 

@@ -8,11 +8,11 @@ pytest.importorskip("triton", reason="triton is not installed (extra `triton`)")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on: kernels are not compiled", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
+import triton.language as tl
+from ahead_of_time import compiled
 
-from ahead_of_time import compiled  # noqa: E402
-from fastcache.backends.triton_config import SUM_CONFIGS, SumConfig, row_config, sum_config  # noqa: E402
-from fastcache.kernels.residual_update import row_kernel, sum_kernel  # noqa: E402
+from fastcache.backends.triton_config import SUM_CONFIGS, SumConfig, row_config, sum_config
+from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
 SHARED = dict(
     D=1152,

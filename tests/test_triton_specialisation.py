@@ -12,11 +12,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed (extra `t
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on: kernels are not specialised", allow_module_level=True)
 
+from cases import SCATTERS, UPDATES, Form, build  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from cases import SCATTERS, UPDATES, Form, build  # noqa: E402
 from fastcache.backends import triton as backend  # noqa: E402
 from fastcache.backends.triton_config import SUM_CONFIGS  # noqa: E402
 from fastcache.backends.tuning import Key, only, row_bucket, term_bucket  # noqa: E402

@@ -11,16 +11,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.tune import HEURISTIC, TERMS, case_of, graph_clock, keys, main, tune, write  # noqa: E402
-from benchmarks.timing import Effort  # noqa: E402
-from fastcache.backends import tuning  # noqa: E402
+from benchmarks.timing import Effort
+from benchmarks.tune import HEURISTIC, TERMS, case_of, graph_clock, keys, main, tune, write
+from fastcache.backends import tuning
 from fastcache.backends.triton_config import (
     SUM_CONFIGS,
     SumConfig,
     legal_row_configs,
     row_config,
-)  # noqa: E402
-from fastcache.backends.tuning import Key, decoded, legal_configs, row_bucket, term_bucket  # noqa: E402
+)
+from fastcache.backends.tuning import Key, decoded, legal_configs, row_bucket, term_bucket
 
 CPU = torch.device("cpu")
 KEYS = [Key("triton.sum", "cpu", 64, "float32", terms, 2) for terms in (0, 1, 2)]
@@ -107,7 +107,7 @@ def test_the_clock_runs_every_configuration_on_the_same_buffers(kernel: str) -> 
 
 def test_only_the_given_entries_apply_while_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     key, tile = KEYS[0], SumConfig(16, 128, 8, 3)
-    look_up = lambda: tuning.tuned("triton.sum", CPU, 64, torch.float32, 0, 2)  # noqa: E731
+    look_up = lambda: tuning.tuned("triton.sum", CPU, 64, torch.float32, 0, 2)
     assert look_up() is None
     with tuning.only({key: tile}, CPU):
         assert look_up() == tile

@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-
 import cases
 import emulated
+import pytest
+import torch
 from cases import PRECISIONS, UPDATES, Form, build
+from processes import fails, succeeds
+
 from fastcache.backends import triton_config, tuning
 from fastcache.backends.cuda_config import CudaKernels, RowConfig, SumConfig
 from fastcache.backends.tuning import (
@@ -24,7 +25,6 @@ from fastcache.backends.tuning import (
     row_bucket,
     term_bucket,
 )
-from processes import fails, succeeds
 
 CPU = torch.device("cpu")
 CPU_INDEX = -1  # as PyTorch numbers the CPU

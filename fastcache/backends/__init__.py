@@ -215,5 +215,6 @@ _CHOICE = {
 }
 _AGREED: dict[tuple[str, torch.device, str], bool] = {}
 _forced: ContextVar[str | None] = ContextVar(
-    "fastcache_backend", default=_known(os.environ.get("FASTCACHE_BACKEND") or None, "FASTCACHE_BACKEND")
+    "fastcache_backend",
+    default=_known(os.environ.get("FASTCACHE_BACKEND") or None, "FASTCACHE_BACKEND"),  # noqa: B039 (a string)
 )

@@ -4,6 +4,7 @@ Schemas come from csrc/schema.def: through the compiled CPU library where it was
 the file otherwise. Every device without a kernel of its own runs the eager definition.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib
@@ -102,10 +103,8 @@ def _refuse_stale(path: Path) -> None:
 def _refuse_other_registration() -> None:
     """Raise ImportError if what this process has registered is not what these sources describe."""
     compiled = PACKAGE / "lib" / "libfastcache_cpu.so"
-    try:
+    with contextlib.suppress(OSError):  # not loaded from here: a second copy of the package registered them
         _refuse_stale(compiled)  # an import that was refused leaves its operators behind
-    except OSError:
-        pass  # not loaded from here: a second copy of the package registered them
     found = {str(getattr(torch.ops.fastcache, name).default._schema) for name in OPERATORS}
     if found != {f"fastcache::{torch._C.parse_schema(schema)}" for schema in schemas()}:
         message = (

@@ -6,7 +6,6 @@ travel in a small device table that is kept, so that a repeated step copies noth
 
 import functools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -250,10 +249,10 @@ def _launch(
             UNIT=unit,
         )
         # unused pointers are never followed
-        or_x = lambda tensor: x if tensor is None else tensor  # noqa: E731
+        or_x = lambda tensor: x if tensor is None else tensor
         strides = lambda tensor: (
             (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])
-        )  # noqa: E731
+        )
         gate_row = gates.stride(0) if gate_index is not None else 0
         gate_count = gates.shape[0] if gate_index is not None else 0
         buckets = term_bucket(len(features)), row_bucket(B * N)

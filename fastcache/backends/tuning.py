@@ -21,12 +21,18 @@ from pathlib import Path
 
 import torch
 
-from fastcache.backends.cuda_config import CudaKernels, RowConfig as CudaRow, SumConfig as CudaSum
+from fastcache.backends.cuda_config import CudaKernels
+from fastcache.backends.cuda_config import RowConfig as CudaRow
+from fastcache.backends.cuda_config import SumConfig as CudaSum
 from fastcache.backends.index_errors import loaded_cuda
 from fastcache.backends.library import PACKAGE
 from fastcache.backends.triton_config import (
     RowConfig as TritonRow,
+)
+from fastcache.backends.triton_config import (
     SumConfig as TritonSum,
+)
+from fastcache.backends.triton_config import (
     legal_row_configs,
     legal_sum_configs,
 )

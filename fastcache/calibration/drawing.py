@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcache.plan.drawing import COLOURS
 from fastcache.extras import needs_extra
+from fastcache.plan.drawing import COLOURS
 
 if TYPE_CHECKING:
     from fastcache.calibration.scan import Calibration

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from fastcache import ops
 from fastcache.calibration.scan import Calibration, ErrorCurves
+from fastcache.engine.session import Session
 from fastcache.errors import SessionError
 from fastcache.hosts import Host, recognise
-from fastcache.policies.base import positive_steps
 from fastcache.plan.schedule import Layout, Schedule, full_step
-from fastcache.engine.session import Session
+from fastcache.policies.base import positive_steps
 
 RelativeError = Callable[[list[Tensor], list[Tensor]], Tensor]
 

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from fastcache.errors import ScheduleError
-from fastcache.policies import SmoothCache
 from fastcache.plan.published import Fingerprint, PublishedSchedule
 from fastcache.plan.schedule import Layout, Schedule
+from fastcache.policies import SmoothCache
 
 Rows = tuple[
     tuple[float, ...], ...

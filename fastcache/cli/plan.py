@@ -9,12 +9,12 @@ from rich.table import Table
 from typer import BadParameter, Option
 
 from fastcache.cli.policy_options import PolicyFields, PolicyName, policy_from
-from fastcache.plan.drawing import draw_schedules
-from fastcache.workshop.glyphs.train import CONFIG as GLYPHS
 from fastcache.hosts import recognise
 from fastcache.models import PRESETS, DiT
-from fastcache.policies import Policy
+from fastcache.plan.drawing import draw_schedules
 from fastcache.plan.schedule import Kind, Layout, Schedule, StepPlan
+from fastcache.policies import Policy
+from fastcache.workshop.glyphs.train import CONFIG as GLYPHS
 
 GUIDED = 2
 

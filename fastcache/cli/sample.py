@@ -12,10 +12,10 @@ from torch import Tensor
 from typer import BadParameter, Option
 
 from fastcache.cli.policy_options import PolicyFields, PolicyName, policy_from
-from fastcache.workshop.glyphs import DIFFUSION, load_glyph_dit
-from fastcache.workshop.glyphs.dataset import to_pixels
 from fastcache.models import DiT
 from fastcache.models.checkpoint import read_checkpoint
+from fastcache.workshop.glyphs import DIFFUSION, load_glyph_dit
+from fastcache.workshop.glyphs.dataset import to_pixels
 from fastcache.workshop.sampling import SCHEDULERS, Diffusion
 from fastcache.workshop.sampling import sample as sample_pictures
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcache.errors import HostError, SessionError
 from fastcache.engine.installation import Installation, installed_in, restore_all
 from fastcache.engine.session import refuse_tracing
+from fastcache.errors import HostError, SessionError
 
 Call = Callable[["Component", Callable, tuple, dict[str, Any]], Any]
 

@@ -25,11 +25,11 @@ from fastcache.compat.smoothcache_calibration import (
     DiffuserCalibrationHelper,
     diffusers_block,
 )
+from fastcache.engine.session import Session, accelerate
 from fastcache.errors import HostError, SessionError
 from fastcache.hosts import recognise
-from fastcache.policies import SmoothCache
 from fastcache.plan.published import PublishedSchedule
-from fastcache.engine.session import Session, accelerate
+from fastcache.policies import SmoothCache
 
 __all__ = [
     "CalibrationHelper",

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastcache import backends
-from fastcache.errors import ScheduleError, SessionError
-from fastcache.hosts import Host, recognise
 from fastcache.engine.index_check import raise_index_errors
 from fastcache.engine.installation import Installation, installed_in, restore_all
 from fastcache.engine.modulation.table import ModulationTable, build_table, checked_timesteps
+from fastcache.engine.record import OperatorCount, Recorder, Summary
+from fastcache.engine.trunk import Trunk
+from fastcache.errors import ScheduleError, SessionError
+from fastcache.hosts import Host, recognise
+from fastcache.plan.schedule import Schedule, StepPlan
 from fastcache.policies import Policy
 from fastcache.policies.base import positive_steps
-from fastcache.engine.record import OperatorCount, Recorder, Summary
-from fastcache.plan.schedule import Schedule, StepPlan
-from fastcache.engine.trunk import Trunk
 
 Observer = Callable[[int, int, list[list[Tensor]]], None]
 

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from fastcache.stream.deferred import Deferred
 from fastcache.engine.features import FeatureStore
-from fastcache.plan.forecast import forecast_weights
 from fastcache.engine.modulation.gate_bank import GateBank
-from fastcache.hosts import Host, HostBranch
 from fastcache.engine.modulation.table import ModulationTable
-from fastcache.ops import SlotMap
-from fastcache.plan.schedule import Action, Kind, Schedule, Score, StepPlan, full_step
 from fastcache.engine.tokens.selector import TokenSelector
-from fastcache.stream.residual_stream import ResidualStream
 from fastcache.engine.tokens.tap import AttentionTap
+from fastcache.hosts import Host, HostBranch
+from fastcache.ops import SlotMap
+from fastcache.plan.forecast import forecast_weights
+from fastcache.plan.schedule import Action, Kind, Schedule, Score, StepPlan, full_step
+from fastcache.stream.deferred import Deferred
+from fastcache.stream.residual_stream import ResidualStream
 
 TRUNK = -1  # feature index of the trunk's output, kept for skipped steps
 

@@ -106,7 +106,7 @@ class DiTHost(Host):
     def block_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if len(args) == 2 and not kwargs:
             return args
-        named = {**dict(zip(("x", "c"), args)), **kwargs}
+        named = {**dict(zip(("x", "c"), args, strict=False)), **kwargs}
         if set(named) != {"x", "c"}:
             raise HostError(
                 f"DiT block: expected forward(x, c), got {len(args)} positional arguments and"

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fastcache import backends
-from fastcache.backends import eager
 from fastcache.ops import (
     Norm,
     attention_received,
@@ -96,7 +95,7 @@ def _random(
 
 
 def _update(dtype: torch.dtype, device: torch.device, wide: bool, **more: object) -> dict:
-    make = lambda seed, *shape: _random(seed, shape, dtype, device, wide)  # noqa: E731
+    make = lambda seed, *shape: _random(seed, shape, dtype, device, wide)
     index = torch.tensor([4, -1, 0, 2, 5], dtype=torch.int32, device=device)
     arguments = dict(
         x=make(0, B, N, D),

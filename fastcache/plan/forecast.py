@@ -20,7 +20,7 @@ def forecast_weights(step: int, stored: Sequence[int], order: int) -> tuple[floa
         raise ValueError(
             f"order: expected 0..{len(stored) - 1} with {len(stored)} stored features, got {order}"
         )
-    if any(newer <= older for newer, older in zip((step, *stored), stored)):
+    if any(newer <= older for newer, older in zip((step, *stored), stored, strict=False)):
         raise ValueError(f"stored: expected steps before {step}, newest first, got {list(stored)}")
     # differences[j]: D_m at the j-th newest full step, as weights of the features
     differences = [[float(i == j) for i in range(order + 1)] for j in range(order + 1)]

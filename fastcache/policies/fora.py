@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from fastcache.plan.schedule import REUSE, Layout, Schedule, full_step, uniform_step
 from fastcache.policies.base import Policy, positive_steps
 from fastcache.policies.reference import block_overhead_flops, full_block_flops
-from fastcache.plan.schedule import REUSE, Layout, Schedule, full_step, uniform_step
 
 
 @dataclass(frozen=True)

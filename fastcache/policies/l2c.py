@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastcache.errors import ScheduleError
 from fastcache.extras import needs_extra
-from fastcache.policies.base import Policy, positive_steps
 from fastcache.plan.published import PublishedSchedule, plan_from_rows
 from fastcache.plan.schedule import Layout, Schedule
+from fastcache.policies.base import Policy, positive_steps
 
 CONTAINERS = (
     "a mapping {step index: [2L]}, a list of [2L] per step index, a state dict with keys such as"

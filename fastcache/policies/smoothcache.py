@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import ScheduleError
-from fastcache.policies.base import Policy, positive_steps
 from fastcache.plan.published import PublishedSchedule, plan_from_rows
 from fastcache.plan.schedule import Layout, Schedule
+from fastcache.policies.base import Policy, positive_steps
 
 
 @dataclass(frozen=True, init=False)

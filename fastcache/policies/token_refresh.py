@@ -5,11 +5,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from fastcache.policies.base import Policy, positive_steps
-from fastcache.policies.fresh_ratio import Position
-from fastcache.policies.reference import plan_flops
-from fastcache.policies.token_rules import TokenRules
-from fastcache.policies.token_steps import PARTIAL, TokenStep
 from fastcache.plan.schedule import (
     COMPUTE,
     REUSE,
@@ -22,6 +17,11 @@ from fastcache.plan.schedule import (
     StepPlan,
     refresh,
 )
+from fastcache.policies.base import Policy, positive_steps
+from fastcache.policies.fresh_ratio import Position
+from fastcache.policies.reference import plan_flops
+from fastcache.policies.token_rules import TokenRules
+from fastcache.policies.token_steps import PARTIAL, TokenStep
 
 FLUX_SCORES = ("k-norm", "v-norm")
 WITH_FORMULA = "DiT"

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcache.engine.record import Summary
+from fastcache.engine.session import accelerate
 from fastcache.extras import needs_extra
 from fastcache.models import DiT
-from fastcache.policies import Policy
-from fastcache.engine.record import Summary
 from fastcache.plan.schedule import Schedule
-from fastcache.engine.session import accelerate
+from fastcache.policies import Policy
 
 
 @dataclass(frozen=True)

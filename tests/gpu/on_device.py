@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from unittest.mock import patch
 
+import cases
 import pytest
 import torch
 from torch import Tensor
 
-import cases
 import fastcache
 
 KERNELS = ("cuda", "triton")

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from cases import FORMS, PRECISIONS, Form, assert_same_bits
 from on_device import available, build, each_kernel_backend, refilled
 

@@ -4,12 +4,12 @@ raises.
 
 import pytest
 import torch
-
 from cases import FORMS, assert_same_bits
-from fastcache import FORA, SessionError, accelerate
-from fastcache.backends import take_index_errors
 from hosts import small_dit
 from on_device import available, build, each_kernel_backend
+
+from fastcache import FORA, SessionError, accelerate
+from fastcache.backends import take_index_errors
 
 
 @each_kernel_backend

@@ -1,13 +1,13 @@
 """A session on a GPU: what it computes, and how little it launches."""
 
+import hosts
 import pytest
 import torch
+from on_device import available
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-import hosts
 from fastcache import FORA, accelerate, use_backend
 from fastcache.models import DiT
-from on_device import available
 
 STEPS, INTERVAL = hosts.STEPS, 3
 KERNELS_OF_OURS = ("sum_kernel", "row_kernel")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from cases import PRECISIONS, SCATTERS, UPDATES, Form, assert_same_bits
+from on_device import available, build, each_kernel_backend
 from torch import Tensor
 
-from cases import PRECISIONS, SCATTERS, UPDATES, Form, assert_same_bits
 from fastcache import backends, use_backend
 from fastcache.ops import residual_update
-from on_device import available, build, each_kernel_backend
 
 CYCLES = 40_000_000  # about 20 ms of a GPU at 2 GHz
 

@@ -1,12 +1,12 @@
 """Operators on tokens on a GPU, and whole generations of the methods that use them."""
 
+import hosts
 import pytest
 import torch
+from on_device import available
 
-import hosts
 from fastcache import DuCa, TaylorSeer, ToCa, accelerate, backends, ops, use_backend
 from fastcache.backends import eager, take_index_errors
-from on_device import available
 
 STEPS = 20
 

@@ -4,10 +4,9 @@ other.
 
 from dataclasses import replace
 
+import cases
 import pytest
 import torch
-
-import cases
 from cases import (
     FORMS,
     LAYOUTS,
@@ -21,10 +20,11 @@ from cases import (
     exact_update,
     sum_bound,
 )
+from on_device import KERNELS, available, build, each_kernel_backend, verify
+
 from fastcache import backends
 from fastcache.backends import selfcheck
 from fastcache.ops import Norm
-from on_device import KERNELS, available, build, each_kernel_backend, verify
 
 ALL, SCATTERED = UPDATES["all"], SCATTERS["refresh-all"]
 

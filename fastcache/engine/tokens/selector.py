@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastcache.engine.tokens.tap import AttentionTap
 from fastcache.errors import ScheduleError
 from fastcache.ops import SlotMap, attention_received, row_score, select_tokens_, value_norm
 from fastcache.plan.schedule import Score, Selection
 from fastcache.stream.residual_stream import constant_row
-from fastcache.engine.tokens.tap import AttentionTap
 
 
 class TokenSelector:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcache.extras import needs_extra
-from fastcache.workshop.glyphs import DIFFUSION, dataset
 from fastcache.models import DiT, DiTConfig
 from fastcache.models.checkpoint import Checkpoint, write_checkpoint
+from fastcache.workshop.glyphs import DIFFUSION, dataset
 from fastcache.workshop.sampling import make_scheduler
 
 CONFIG = DiTConfig(

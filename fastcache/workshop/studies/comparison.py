@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastcache.workshop.glyphs import DIFFUSION
-from fastcache.workshop.glyphs.dataset import CLASSES
 from fastcache.models import DiT
 from fastcache.policies import FORA, DuCa, Policy, TaylorSeer, ToCa
+from fastcache.workshop.glyphs import DIFFUSION
+from fastcache.workshop.glyphs.dataset import CLASSES
 from fastcache.workshop.sampling import Samples, sample
 
 

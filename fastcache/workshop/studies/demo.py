@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastcache.workshop.studies.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
-from fastcache.plan.drawing import draw_schedules
-from fastcache.workshop.environment import Environment, environment
+from fastcache.engine.record import StepKindSummary
 from fastcache.extras import needs_extra
+from fastcache.models import DiT
+from fastcache.plan.drawing import draw_schedules
+from fastcache.policies import FORA
+from fastcache.policies.token_refresh import TokenRefresh
+from fastcache.workshop.environment import Environment, environment
 from fastcache.workshop.glyphs import load_classifier, load_glyph_dit
 from fastcache.workshop.glyphs.classifier import GlyphClassifier, read
 from fastcache.workshop.glyphs.dataset import CLASSES, to_pixels
+from fastcache.workshop.metrics import accuracy, psnr
+from fastcache.workshop.sampling import Samples
+from fastcache.workshop.studies.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
 from fastcache.workshop.studies.grid import GridRow, draw_grid
 from fastcache.workshop.studies.tokens import draw_tokens, record_tokens
-from fastcache.workshop.metrics import accuracy, psnr
-from fastcache.models import DiT
-from fastcache.policies import FORA
-from fastcache.policies.token_refresh import TokenRefresh
-from fastcache.engine.record import StepKindSummary
-from fastcache.workshop.sampling import Samples
 
 PICTURES = range(len(CLASSES))
 WARM_UP_STEPS = 4  # a full and a cached step for every policy

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcache.workshop.studies.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
 from fastcache.workshop.environment import Environment, environment
 from fastcache.workshop.glyphs import dataset, load_classifier, load_glyph_dit
 from fastcache.workshop.glyphs.classifier import GlyphClassifier, read
 from fastcache.workshop.metrics import accuracy, frechet_distance, psnr
+from fastcache.workshop.studies.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
 
 REAL_SEEDS = (5, 6)  # pictures that neither the DiT nor the classifier was trained on
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.plan.drawing import COLOURS
-from fastcache.extras import needs_extra
-from fastcache.workshop.glyphs.dataset import to_pixels
-from fastcache.models import DiT
-from fastcache.policies import Policy
-from fastcache.plan.schedule import Kind, Schedule, StepPlan
 from fastcache.engine.session import accelerate
+from fastcache.extras import needs_extra
+from fastcache.models import DiT
+from fastcache.plan.drawing import COLOURS
+from fastcache.plan.schedule import Kind, Schedule, StepPlan
+from fastcache.policies import Policy
+from fastcache.workshop.glyphs.dataset import to_pixels
 from fastcache.workshop.studies.comparison import Sampler
 
 SHOWN_STEPS = 9

@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from fastcache.calibration.scan import Calibration, ErrorCurves
 from fastcache.calibration.errors import calibrate
+from fastcache.calibration.scan import Calibration, ErrorCurves
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.workshop.studies.comparison import Sampler

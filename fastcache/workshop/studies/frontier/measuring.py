@@ -7,9 +7,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from fastcache.engine.record import Summary
 from fastcache.models import DiT
 from fastcache.policies import Policy
-from fastcache.engine.record import Summary
 from fastcache.workshop.studies.comparison import Sampler
 
 

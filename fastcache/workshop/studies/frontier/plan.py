@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastcache.calibration.scan import ErrorCurves
-from fastcache.workshop.environment import environment
-from fastcache.workshop.glyphs import load_glyph_dit, weights_path
 from fastcache.hosts import recognise
 from fastcache.models import DiT
-from fastcache.policies import Policy
 from fastcache.plan.schedule import Schedule
+from fastcache.policies import Policy
+from fastcache.workshop.environment import environment
+from fastcache.workshop.glyphs import load_glyph_dit, weights_path
 from fastcache.workshop.studies.comparison import Sampler
 from fastcache.workshop.studies.frontier.calibrating import calibrated, error_curves
 from fastcache.workshop.studies.frontier.grid import (
