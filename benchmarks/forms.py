@@ -150,7 +150,7 @@ def _row(prepared: Prepared, provider: Provider, timings: dict[Provider, Timing]
     case, own = prepared.case, timings[provider]
     ratio: Callable[[Provider], float | None] = lambda other: (
         timings[other].median_us / own.median_us if other in timings else None
-    )  # noqa: E731
+    )
     return Row(
         case=case.name,
         form=case.form.value,

@@ -68,7 +68,7 @@ class Inputs:
 
     def at(self, tokens: Tensor) -> "Inputs":
         """The same call on these tokens only; for forms in which every token is on its own."""
-        take = lambda tensor: None if tensor is None else tensor[:, tokens]  # noqa: E731
+        take = lambda tensor: None if tensor is None else tensor[:, tokens]
         return replace(
             self,
             x=take(self.x),
@@ -79,7 +79,7 @@ class Inputs:
 
     def double(self) -> "Inputs":
         """The same call in float64, on copies."""
-        wide = lambda tensor: None if tensor is None else tensor.double()  # noqa: E731
+        wide = lambda tensor: None if tensor is None else tensor.double()
         streams = {name: wide(getattr(self, name)) for name in ("x", "table", "slot", "fresh", "reference")}
         return replace(self, features=tuple(map(wide, self.features)), **streams)
 

@@ -19,10 +19,10 @@ from benchmarks.original_toca import OriginalToCa
 from benchmarks.timing import Effort, Timing
 from fastcache import DuCa, Policy, SmoothCache, TaylorSeer, ToCa, accelerate
 from fastcache.compat.smoothcache import SmoothCacheHelper
+from fastcache.engine.record import OperatorCount
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.models.dit import Block, DiTConfig
-from fastcache.engine.record import OperatorCount
 from fastcache.schedule import Layout, Schedule
 
 ALLOWED_ERROR = (

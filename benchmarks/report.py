@@ -11,9 +11,9 @@ from benchmarks.dispatch import DispatchRow
 from benchmarks.flagship import Flagship
 from benchmarks.forms import Absence, Row
 from benchmarks.machine import Machine
-from benchmarks.providers import Provider
 from benchmarks.method_report import method_sections
 from benchmarks.methods import MethodRow
+from benchmarks.providers import Provider
 from benchmarks.session import SessionRow, Way
 from benchmarks.tables import (
     NOISY,

@@ -23,9 +23,13 @@ from benchmarks.report import Report, write_report
 from benchmarks.roofline import draw_roofline
 from benchmarks.session import SESSION_SIZES, TINY_SESSION, SessionSize, measure_session
 from benchmarks.timing import Effort
-from benchmarks.token_cases import SIZES as TOKEN_SIZES
-from benchmarks.token_cases import TINY as TINY_TOKENS
-from benchmarks.token_cases import TokenSize, block_cases, choice_cases
+from benchmarks.token_cases import (
+    SIZES as TOKEN_SIZES,
+    TINY as TINY_TOKENS,
+    TokenSize,
+    block_cases,
+    choice_cases,
+)
 from benchmarks.token_operators import OperatorCase, measure_operators, operator_cases
 from benchmarks.tokens import measure_tokens
 

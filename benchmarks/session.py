@@ -14,9 +14,9 @@ from benchmarks.correctness import WrongValues, relative_rms
 from benchmarks.original_fora import OriginalFORA
 from benchmarks.timing import Effort, Timing
 from fastcache import FORA, accelerate
+from fastcache.engine.record import OperatorCount
 from fastcache.models import DiT
 from fastcache.models.dit import DiTConfig
-from fastcache.engine.record import OperatorCount
 
 ALLOWED_ERROR = 1e-4  # relative RMS between two orders of float32 arithmetic through a whole model
 
@@ -106,7 +106,7 @@ class Samples:
 
     def row(self, size: SessionSize, way: Way, operators: list[int], error: float | None) -> SessionRow:
         """What the report shows."""
-        timing = lambda samples: Timing.of(samples) if samples else None  # noqa: E731
+        timing = lambda samples: Timing.of(samples) if samples else None
         kinds = [step in size.full_steps or way is Way.UNCACHED for step in range(size.steps)]
         by_kind = {
             kind: [count for count, full in zip(operators, kinds) if full is kind] for kind in (True, False)

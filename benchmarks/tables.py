@@ -12,7 +12,7 @@ def table(headings: Iterable[object], rows: Iterable[Iterable[object]]) -> list[
     headings = tuple(headings)
     line: Callable[[Iterable[object]], str] = lambda cells: (
         "| " + " | ".join(str(cell) for cell in cells) + " |"
-    )  # noqa: E731
+    )
     return [line(headings), line("---" for _ in headings), *(line(row) for row in rows), ""]
 
 

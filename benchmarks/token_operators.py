@@ -122,7 +122,7 @@ def _selection(N: int, layers: int) -> OperatorCase:
             for i in range(0, R, SAMPLES)
         ]
 
-    ours = lambda score, age, counts: select_tokens_(score, age, counts, K, age_weight=AGE_WEIGHT)  # noqa: E731
+    ours = lambda score, age, counts: select_tokens_(score, age, counts, K, age_weight=AGE_WEIGHT)
     return OperatorCase(
         "select_tokens_",
         f"{R}x{N}",
@@ -138,8 +138,8 @@ def _selection(N: int, layers: int) -> OperatorCase:
 
 
 def _norm(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
-    plain = lambda x: x.float().norm(dim=-1)  # noqa: E731
-    best = lambda x: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # noqa: E731
+    plain = lambda x: x.float().norm(dim=-1)
+    best = lambda x: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     return OperatorCase(
         "row_score",
         f"norm-{SAMPLES}x{N}x{D}",
@@ -154,8 +154,8 @@ def _norm(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
 
 
 def _distance(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
-    plain = lambda x, y: 1 - F.cosine_similarity(x.float(), y.float(), dim=-1)  # noqa: E731
-    make = lambda g: (_normal(g, dtype, SAMPLES, N, D), _normal(g, dtype, SAMPLES, N, D))  # noqa: E731
+    plain = lambda x, y: 1 - F.cosine_similarity(x.float(), y.float(), dim=-1)
+    make = lambda g: (_normal(g, dtype, SAMPLES, N, D), _normal(g, dtype, SAMPLES, N, D))
     return OperatorCase(
         "row_score",
         f"cosine-{SAMPLES}x{N}x{D}",
@@ -170,8 +170,8 @@ def _distance(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
 
 
 def _values(N: int, heads: int, d: int, dtype: torch.dtype) -> OperatorCase:
-    plain = lambda v: (1 - v.float().norm(dim=-1)).sum(1)  # noqa: E731
-    make = lambda g: (_normal(g, dtype, SAMPLES, N, 3, heads, d).permute(2, 0, 3, 1, 4)[2],)  # noqa: E731
+    plain = lambda v: (1 - v.float().norm(dim=-1)).sum(1)
+    make = lambda g: (_normal(g, dtype, SAMPLES, N, 3, heads, d).permute(2, 0, 3, 1, 4)[2],)
     return OperatorCase(
         "value_norm",
         f"{SAMPLES}x{heads}x{N}x{d}",
@@ -215,11 +215,11 @@ def _calibration(N: int, D: int, layers: int, dtype: torch.dtype) -> OperatorCas
 
 
 def _attention(N: int, heads: int, d: int) -> OperatorCase:
-    plain = lambda q, k: torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1).mean(1).sum(1)  # noqa: E731
+    plain = lambda q, k: torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1).mean(1).sum(1)
     make = lambda g: (
         _normal(g, torch.float32, SAMPLES, heads, N, d),
         _normal(g, torch.float32, SAMPLES, heads, N, d),
-    )  # noqa: E731
+    )
     return OperatorCase(
         "attention_received",
         f"{SAMPLES}x{heads}x{N}x{d}",
@@ -321,7 +321,7 @@ def _row(case: OperatorCase, provider: Provider, timings: dict[Provider, Timing]
     own = timings[provider]
     ratio: Callable[[Provider], float | None] = lambda other: (
         timings[other].median_us / own.median_us if other in timings else None
-    )  # noqa: E731
+    )
     return OperatorRow(
         case.name, case.operator, case.size, DTYPE_NAMES[case.dtype], provider.value, torch.get_num_threads(), case.bytes, own, 1e-3 * case.bytes / own.median_us,
         ratio(Provider.NAIVE), ratio(Provider.BEST_EAGER), ratio(Provider.COMPILED),

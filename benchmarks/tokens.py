@@ -155,7 +155,7 @@ def binders(inductor: str = "inductor") -> dict[Provider, Binder]:
     """Who takes part. One binder serves all cases of a width, so that torch.compile compiles once for
     them.
     """
-    eager = lambda sequence: lambda inputs: lambda: sequence(*arguments(inputs))  # noqa: E731
+    eager = lambda sequence: lambda inputs: lambda: sequence(*arguments(inputs))
     return {
         Provider.NAIVE: eager(token_sequences.naive_block),
         Provider.BEST_EAGER: eager(token_sequences.best_block),
@@ -207,7 +207,7 @@ def _block_row(prepared: PreparedBlock, name: str, timings: dict[str, Timing], e
         timings[other.value].median_us / own.median_us
         if other.value in timings and name != MLP_ALONE
         else None
-    )  # noqa: E731
+    )
     return BlockRow(
         case.name, case.work.value, case.size.name, case.rows, case.share, str(case.dtype).removeprefix("torch."), name, torch.get_num_threads(), case.min_bytes, case.flops,
         prepared.cache, len(prepared.buffers), own, 1e-3 * case.min_bytes / own.median_us, error, ratio(Provider.NAIVE), ratio(Provider.BEST_EAGER), ratio(Provider.COMPILED),

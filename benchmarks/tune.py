@@ -30,7 +30,8 @@ from benchmarks.timing import Effort
 from fastcache.backends import tuning
 from fastcache.backends.cuda_config import CudaKernels
 from fastcache.backends.index_errors import loaded_cuda
-from fastcache.backends.tuning import CONFIGS, DTYPES, Config, Entry, Key, encoded, legal_configs
+from fastcache.backends.tuning import CONFIGS, Config, Entry, encoded, legal_configs
+from fastcache.backends.tuning_key import DTYPES, Key
 from fastcache.ops import Norm, residual_update
 
 HEURISTIC = "heuristic"

@@ -1,17 +1,19 @@
 """FastCache: feature caching for diffusion transformers, at the cost of its memory traffic."""
 
 from fastcache import ops
-from fastcache.backends import BackendError, use_backend
-from fastcache.backends import status as backends_status
+from fastcache.backends import BackendError, status as backends_status, use_backend
+from fastcache.calibration.calibrated import Calibration
 from fastcache.calibration.errors import calibrate
-from fastcache.calibration.scan import Calibration
 from fastcache.engine.session import Session, accelerate
 from fastcache.errors import FastCacheError, HostError, ScheduleError, SessionError
-from fastcache.plan.schedule import Action, Schedule, Score, Selection, StepPlan
+from fastcache.plan.actions import Action
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.selection import Score, Selection
+from fastcache.plan.step import StepPlan
 from fastcache.policies import FORA, L2C, DuCa, Policy, SmoothCache, TaylorSeer, ToCa
 from fastcache.stream.residual_stream import ResidualStream
+from fastcache.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "FORA",
     "L2C",

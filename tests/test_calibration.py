@@ -9,8 +9,7 @@ import math
 import pytest
 import torch
 from hosts import STEPS, foreign_dit, inputs, run, small_dit
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import fastcache

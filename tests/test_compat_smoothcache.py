@@ -17,8 +17,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.stable_audio_transformer import StableAudioDiTBlock
 from golden.weights import fill_model
 from golden_data import CFG_SCALE, FOLDER, TOLERANCE, golden_model, load_case, relative_error
-from hosts import ForeignBlock, assert_close, reference, small_dit
-from hosts import run as run_dit
+from hosts import ForeignBlock, assert_close, reference, run as run_dit, small_dit
 
 from fastcache import HostError, ScheduleError, SessionError, SmoothCache, accelerate
 from fastcache.compat.smoothcache import DiffuserCacheHelper, DiTCacheHelper, SmoothCacheHelper

@@ -253,7 +253,7 @@ def test_results_of_other_options_are_stale(tmp_path, change):
 
 def test_results_of_another_version_are_stale(tmp_path, monkeypatch):
     measured(tmp_path, only=("uncached",))
-    monkeypatch.setattr("fastcache.__version__", "0.0.0")
+    monkeypatch.setattr("fastcache.workshop.environment.__version__", "0.0.0")
     plan = plan_frontier(tmp_path, SMALL)
     assert plan.grid[0].state == "stale" and plan.seconds > 0
 

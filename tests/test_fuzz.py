@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from cases import BACKENDS, FLOAT8, FORMS, VECTOR_LAYOUTS, VECTOR_SHAPES, Form, each_backend, verify
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 LEDGER = Path(__file__).with_name("fuzz_ledger.json")
 SECONDS = float(os.environ.get("FASTCACHE_FUZZ_SECONDS", "15"))

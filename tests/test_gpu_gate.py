@@ -14,8 +14,6 @@ from benchmarks.bandwidth import Bandwidth
 from benchmarks.cases import TINY, Case, Form, cases
 from benchmarks.gate import (
     __main__ as gate,
-)
-from benchmarks.gate import (
     build,
     contenders,
     end_to_end,

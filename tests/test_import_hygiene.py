@@ -54,7 +54,7 @@ def test_it_does_not_import_the_parts_that_need_extras() -> None:
         USE
         + """
 import sys
-parts = ("workshop.studies", "plan.drawing", "glyphs", "models", "cli")
+parts = ("workshop.studies", "glyphs", "models", "cli")
 unwanted = {"fastcache." + part for part in parts} & set(sys.modules)
 assert not unwanted, unwanted
 """

@@ -8,8 +8,7 @@ import pytest
 import torch
 from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error
 from hosts import STEPS, assert_close, reference, run, small_dit
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support import available_backends
 
 import fastcache
@@ -228,7 +227,7 @@ def test_what_the_published_form_cannot_say_is_an_error(action) -> None:
         selection=fastcache.Selection(fastcache.Score.RANDOM),
     )
     with pytest.raises(ScheduleError, match=r"steps\[1\]: the published form has COMPUTE and REUSE"):
-        publish(plan)
+        publish(plan.steps)
 
 
 def test_union_computes_where_either_does() -> None:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hosts import assert_close, inputs, small_dit
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support import available_backends
 
 import fastcache

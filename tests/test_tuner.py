@@ -20,7 +20,8 @@ from fastcache.backends.triton_config import (
     legal_row_configs,
     row_config,
 )
-from fastcache.backends.tuning import Key, decoded, legal_configs, row_bucket, term_bucket
+from fastcache.backends.tuning import decoded, legal_configs
+from fastcache.backends.tuning_key import Key, row_bucket, term_bucket
 
 CPU = torch.device("cpu")
 KEYS = [Key("triton.sum", "cpu", 64, "float32", terms, 2) for terms in (0, 1, 2)]

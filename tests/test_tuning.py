@@ -15,16 +15,8 @@ from processes import fails, succeeds
 
 from fastcache.backends import triton_config, tuning
 from fastcache.backends.cuda_config import CudaKernels, RowConfig, SumConfig
-from fastcache.backends.tuning import (
-    Entry,
-    Key,
-    TuningError,
-    decoded,
-    encoded,
-    read_table,
-    row_bucket,
-    term_bucket,
-)
+from fastcache.backends.tuning import Entry, TuningError, decoded, encoded, read_table
+from fastcache.backends.tuning_key import Key, row_bucket, term_bucket
 
 CPU = torch.device("cpu")
 CPU_INDEX = -1  # as PyTorch numbers the CPU

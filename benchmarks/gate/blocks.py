@@ -130,7 +130,7 @@ def takers(
 ) -> tuple[dict[str, Entrant], list[Absence]]:
     """Who computes a block, and who does not and why."""
     prepared = PreparedBlock(case, device, **({} if device.type == "cuda" else {"max_copies": 2}))
-    eager = lambda sequence: lambda inputs: lambda: sequence(*token_sequences.arguments(inputs))  # noqa: E731
+    eager = lambda sequence: lambda inputs: lambda: sequence(*token_sequences.arguments(inputs))
     wanted: list[tuple[str, Binder, Callable[[], AbstractContextManager]]] = [
         (NAIVE, eager(token_sequences.naive_block), nullcontext),
         (BEST, eager(token_sequences.best_block), nullcontext),
@@ -205,7 +205,7 @@ def timed(
     block = isinstance(case, BlockCase)
     ratio = lambda other, name: (
         timings[other].median_us / timings[name].median_us if other in timings and name != MLP_ALONE else None
-    )  # noqa: E731
+    )
     rows = []
     for name in replays:
         entrant = entrants[name]

@@ -88,7 +88,7 @@ def gate_cases(dry_run: bool) -> list[Case]:
     """
     sizes = (TINY,) if dry_run else (*SIZES[:1], *NEW_SIZES, *SIZES[2:])
     forms = (*DECISIVE, *(form for form in Form if form not in DECISIVE))
-    fits = lambda form, size: form in size.forms or (form.rms and size.batch == 1)  # noqa: E731
+    fits = lambda form, size: form in size.forms or (form.rms and size.batch == 1)
     ordered = [
         Case(form, size, torch.bfloat16)
         for part in (DECISIVE, tuple(form for form in forms if form not in DECISIVE))
@@ -227,7 +227,7 @@ def measure_gate_case(
         if device.type == "cpu":  # a graph needs no scope; a rehearsal runs each call in its own
             replays = {name: _within(stack, bound[name][0], replay) for name, replay in replays.items()}
         timings = measure_replays(replays, effort, device)
-    ratio = lambda name, own: timings[name].median_us / own.median_us if name in timings else None  # noqa: E731
+    ratio = lambda name, own: timings[name].median_us / own.median_us if name in timings else None
     rows = []
     for name, (contender, calls, error) in bound.items():
         own, rate = timings[name], gbps(case, timings[name])

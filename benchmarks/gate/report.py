@@ -290,7 +290,7 @@ def steps(content: dict) -> list[str]:
     if not rows:
         return []
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["steps"]))
-    size = lambda row: (row.get("pixels", 256), row["batch"])  # noqa: E731
+    size = lambda row: (row.get("pixels", 256), row["batch"])
     uncached = {size(row): row["generation"]["median_us"] for row in rows if row["way"] == "uncached"}
     cells = []
     for row in rows:

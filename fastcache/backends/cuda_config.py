@@ -4,10 +4,8 @@ csrc/cuda/config.h.
 
 import ctypes
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fastcache.backends.tuning import Key
+from fastcache.backends.tuning_key import Key
 
 KERNELS = ("cuda.sum", "cuda.row")  # numbers of the C interface, csrc/cuda/tuning.cpp
 TYPES = ("float32", "float16", "bfloat16")
@@ -42,7 +40,7 @@ class CudaKernels:
         """Which kernels a table must have been measured with."""
         return str(self._library.fastcache_cuda_tuning_version())
 
-    def legal(self, key: "Key") -> tuple[SumConfig | RowConfig, ...]:
+    def legal(self, key: Key) -> tuple[SumConfig | RowConfig, ...]:
         """Every configuration that may run calls of a key."""
         numbers = (ctypes.c_int32 * (3 * MOST_CONFIGS))()
         count = self._library.fastcache_cuda_configs(
@@ -52,7 +50,7 @@ class CudaKernels:
         size = len(made.__dataclass_fields__)
         return tuple(made(*numbers[3 * i : 3 * i + size]) for i in range(count))
 
-    def use(self, key: "Key", config: SumConfig | RowConfig, device: int) -> None:
+    def use(self, key: Key, config: SumConfig | RowConfig, device: int) -> None:
         """Let calls of a key run with `config` from now on. Raises ValueError if it is not legal."""
         values = (ctypes.c_int32 * 3)(*astuple(config))
         if not self._library.fastcache_cuda_tune(

@@ -18,7 +18,8 @@ from fastcache.backends.index_flags import error_flag
 from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
 from fastcache.backends.triton_config import row_config, sum_config
 from fastcache.backends.triton_launch import aligned, on
-from fastcache.backends.tuning import row_bucket, term_bucket, tuned
+from fastcache.backends.tuning import tuned
+from fastcache.backends.tuning_key import row_bucket, term_bucket
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -21,66 +21,28 @@ from pathlib import Path
 
 import torch
 
-from fastcache.backends.cuda_config import CudaKernels
-from fastcache.backends.cuda_config import RowConfig as CudaRow
-from fastcache.backends.cuda_config import SumConfig as CudaSum
+from fastcache.backends.cuda_config import CudaKernels, RowConfig as CudaRow, SumConfig as CudaSum
 from fastcache.backends.index_errors import loaded_cuda
 from fastcache.backends.library import PACKAGE
 from fastcache.backends.triton_config import (
     RowConfig as TritonRow,
-)
-from fastcache.backends.triton_config import (
     SumConfig as TritonSum,
-)
-from fastcache.backends.triton_config import (
     legal_row_configs,
     legal_sum_configs,
 )
+from fastcache.backends.tuning_key import Key
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned.json")
-MOST_TERMS = (2, 16, 64, 1024)
 CONFIGS = {"triton.sum": TritonSum, "triton.row": TritonRow, "cuda.sum": CudaSum, "cuda.row": CudaRow}
-DTYPES = ("float32", "float16", "bfloat16")
 
 Config = TritonSum | TritonRow | CudaSum | CudaRow
 
 
 class TuningError(RuntimeError):
     """A tuning table was named that cannot be used."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """Calls that share a configuration. terms, rows: buckets."""
-
-    kernel: str
-    device: str
-    channels: int
-    dtype: str
-    terms: int
-    rows: int
-
-    def __post_init__(self) -> None:
-        if self.kernel not in CONFIGS:
-            raise ValueError(f"kernel: expected one of {', '.join(CONFIGS)}, got {self.kernel!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        for name, most in (("channels", 1 << 31), ("terms", len(MOST_TERMS) - 1), ("rows", 16)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}: expected 0..{most}, got {getattr(self, name)}")
-
-
-def term_bucket(features: int) -> int:
-    """0 for up to 2 features, 1 for up to 16, 2 for up to 64, 3 for more."""
-    return next(bucket for bucket, most in enumerate(MOST_TERMS) if features <= most)
-
-
-def row_bucket(rows: int) -> int:
-    """The smallest k with rows <= 4^k."""
-    return (max(rows, 1) - 1).bit_length() + 1 >> 1
 
 
 @functools.cache

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from fastcache import ops
-from fastcache.calibration.scan import Calibration, ErrorCurves
+from fastcache.calibration.calibrated import Calibration
+from fastcache.calibration.scan import ErrorCurves
 from fastcache.engine.session import Session
 from fastcache.errors import SessionError
 from fastcache.hosts import Host, recognise
-from fastcache.plan.schedule import Layout, Schedule, full_step
+from fastcache.plan.layout import Layout
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.step import full_step
 from fastcache.policies.base import positive_steps
 
 RelativeError = Callable[[list[Tensor], list[Tensor]], Tensor]

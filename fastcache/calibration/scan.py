@@ -5,13 +5,10 @@ arithmetic.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 from fastcache.errors import ScheduleError
-from fastcache.plan.published import Fingerprint, PublishedSchedule
-from fastcache.plan.schedule import Layout, Schedule
-from fastcache.policies import SmoothCache
+from fastcache.plan.layout import Layout
+from fastcache.plan.published import PublishedSchedule
 
 Rows = tuple[
     tuple[float, ...], ...
@@ -155,54 +152,6 @@ class ErrorCurves:
             tuple(sum(values) / len(values) for values in zip(*rows_j, strict=True))
             for rows_j in zip(*chosen, strict=True)
         )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Error curves and the threshold that was chosen. `scheduler` is the sampler's name, kept for
-    checking.
-    """
-
-    curves: ErrorCurves
-    threshold: float
-    per_layer: bool = False
-    scheduler: str | None = None
-
-    @cached_property
-    def published(self) -> PublishedSchedule:
-        """The schedule in SmoothCache's form, with a fingerprint of what it was made for."""
-        import fastcache
-
-        layout = self.curves.layout
-        made = Fingerprint(
-            layout.family,
-            layout.depth,
-            layout.names,
-            self.curves.num_steps,
-            self.scheduler,
-            self.threshold,
-            self.curves.lookahead,
-            fastcache.__version__,
-        )
-        return PublishedSchedule(self.curves.published(self.threshold, self.per_layer).entries, made)
-
-    def policy(self) -> SmoothCache:
-        """What accelerate takes."""
-        return SmoothCache(self.published)
-
-    def schedule(self) -> Schedule:
-        """The plan for the calibrated host."""
-        return self.policy().schedule(self.curves.num_steps, self.curves.layout)
-
-    def save(self, path: str | Path) -> None:
-        """Write the schedule as JSON, for `SmoothCache.load` and for SmoothCache itself."""
-        self.published.save(path)
-
-    def draw(self, path: str | Path) -> None:
-        """Write a picture of errors, threshold and schedule. Needs matplotlib (extra `demo`)."""
-        from fastcache.calibration.drawing import draw_calibration
-
-        draw_calibration(self, path)
 
 
 def _steps_of(errors: Sequence[Sequence[float]]) -> int:

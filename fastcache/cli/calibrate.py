@@ -9,8 +9,7 @@ from typer import BadParameter, Option
 
 from fastcache.calibration.errors import calibrate as calibrate_model
 from fastcache.cli.sample import DTYPES, model_from, numbers_in
-from fastcache.workshop.sampling import SCHEDULERS, make_scheduler
-from fastcache.workshop.sampling import sample as sample_pictures
+from fastcache.workshop.sampling import SCHEDULERS, make_scheduler, sample as sample_pictures
 
 
 def calibrate(

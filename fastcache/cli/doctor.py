@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from typer import Exit, Option
 
-import fastcache
 from fastcache import backends
 from fastcache.backends import tuning
 from fastcache.backends.library import OPERATORS, cpu_capability
 from fastcache.ops.verify import Verdict, verify
+from fastcache.version import __version__
 
 
 def doctor(
@@ -24,7 +24,7 @@ def doctor(
     """Show what was built, what runs where, and why the rest does not."""
     console = Console()
     console.print(
-        f"fastcache {fastcache.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python"
+        f"fastcache {__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python"
         f" {platform.python_version()}, {platform.machine()}"
     )
     console.print(_libraries())

@@ -11,8 +11,11 @@ from typer import BadParameter, Option
 from fastcache.cli.policy_options import PolicyFields, PolicyName, policy_from
 from fastcache.hosts import recognise
 from fastcache.models import PRESETS, DiT
+from fastcache.plan.actions import Kind
 from fastcache.plan.drawing import draw_schedules
-from fastcache.plan.schedule import Kind, Layout, Schedule, StepPlan
+from fastcache.plan.layout import Layout
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.step import StepPlan
 from fastcache.policies import Policy
 from fastcache.workshop.glyphs.train import CONFIG as GLYPHS
 

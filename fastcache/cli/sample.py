@@ -16,8 +16,7 @@ from fastcache.models import DiT
 from fastcache.models.checkpoint import read_checkpoint
 from fastcache.workshop.glyphs import DIFFUSION, load_glyph_dit
 from fastcache.workshop.glyphs.dataset import to_pixels
-from fastcache.workshop.sampling import SCHEDULERS, Diffusion
-from fastcache.workshop.sampling import sample as sample_pictures
+from fastcache.workshop.sampling import SCHEDULERS, Diffusion, sample as sample_pictures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,7 +119,7 @@ def model_from(checkpoint: Path | None, num_heads: int | None) -> tuple[DiT, Dif
     if checkpoint is None:
         return load_glyph_dit(), DIFFUSION
     found = read_checkpoint(checkpoint, num_heads=num_heads)
-    return found.model(), Diffusion.from_metadata(found.metadata)
+    return DiT.from_stored(found), Diffusion.from_metadata(found.metadata)
 
 
 def _decoder(model: DiT, vae: str | None, device: str) -> Callable[[Tensor], Tensor]:

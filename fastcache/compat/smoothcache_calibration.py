@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastcache
 from fastcache.calibration.scan import greedy_schedule
 from fastcache.compat.components import Component, Wrapping, find_components
 from fastcache.errors import SessionError
 from fastcache.extras import needs_extra
 from fastcache.plan.published import Fingerprint, PublishedSchedule
+from fastcache.version import __version__
 
 
 class CalibrationHelper:
@@ -156,7 +156,7 @@ class CalibrationHelper:
             None,
             self.calibration_threshold,
             self.calibration_lookahead,
-            fastcache.__version__,
+            __version__,
         )
         published = PublishedSchedule(entries, made)
         self.schedule = published.to_dict()

@@ -16,7 +16,8 @@ from fastcache.engine.record import OperatorCount, Recorder, Summary
 from fastcache.engine.trunk import Trunk
 from fastcache.errors import ScheduleError, SessionError
 from fastcache.hosts import Host, recognise
-from fastcache.plan.schedule import Schedule, StepPlan
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.step import StepPlan
 from fastcache.policies import Policy
 from fastcache.policies.base import positive_steps
 

@@ -15,8 +15,11 @@ from fastcache.engine.tokens.selector import TokenSelector
 from fastcache.engine.tokens.tap import AttentionTap
 from fastcache.hosts import Host, HostBranch
 from fastcache.ops import SlotMap
+from fastcache.plan.actions import Action, Kind
 from fastcache.plan.forecast import forecast_weights
-from fastcache.plan.schedule import Action, Kind, Schedule, Score, StepPlan, full_step
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.selection import Score
+from fastcache.plan.step import StepPlan, full_step
 from fastcache.stream.deferred import Deferred
 from fastcache.stream.residual_stream import ResidualStream
 

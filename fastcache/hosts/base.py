@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcache.errors import HostError
 from fastcache.ops import Norm
-from fastcache.plan.schedule import Layout
+from fastcache.plan.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastcache.errors import HostError, SessionError
 from fastcache.hosts.base import GateProjection, Host, HostBranch, is_plain, linear_flops
 from fastcache.ops import Norm
-from fastcache.plan.schedule import Branch, Layout
+from fastcache.plan.layout import Branch, Layout
 
 BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 GATES = (2, 5)

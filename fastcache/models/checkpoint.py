@@ -11,22 +11,16 @@ import torch
 from torch import Tensor
 
 from fastcache.extras import needs_extra
-from fastcache.models.dit import PRESETS, DiT, DiTConfig
+from fastcache.models.config import PRESETS, DiTConfig
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict with the DiT family's keys, the model that it fits, and the file's other metadata."""
+    """A state dict with the DiT family's keys, the size that it fits, and the file's other metadata."""
 
     state: Mapping[str, Tensor]
     config: DiTConfig
     metadata: Mapping[str, str]
-
-    def model(self) -> DiT:
-        """The stored model, in float32 and eval mode, on the CPU."""
-        model = DiT.from_config(self.config)
-        model.load_state_dict(self.state)
-        return model.eval()
 
 
 def read_checkpoint(path: str | Path, *, num_heads: int | None = None) -> Checkpoint:

@@ -4,89 +4,19 @@ Source of the equations: Peebles and Xie, "Scalable Diffusion Models with Transf
 section 3.2. The state dict has the DiT family's keys, so its published checkpoints load.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcache.models.checkpoint import Checkpoint, read_checkpoint
+from fastcache.models.config import PRESETS, DiTConfig
 from fastcache.models.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
 
 GUIDED_CHANNELS = 3  # the family guides the first three output channels only
 EMBEDDING_STD = 0.02
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The arguments of a `DiT`. `input_size` is the side in latent pixels, `patch_size` in the same unit."""
-
-    input_size: int
-    patch_size: int
-    in_channels: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    learn_sigma: bool = True
-
-    def __post_init__(self) -> None:
-        for name in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "num_classes",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"input_size: expected a multiple of patch_size {self.patch_size}, got {self.input_size}"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_heads}"
-            )
-        if self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size: expected a multiple of 4 (sin and cos of two axes), got {self.hidden_size}"
-            )
-
-    @property
-    def grid(self) -> int:
-        """Tokens along one side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output: the prediction, and as many for the variance with `learn_sigma`."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The size of a published model: blocks, channels, heads, and the side of a patch."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int
-
-
-PRESETS: dict[str, Preset] = {
-    f"DiT-{size}/{patch_size}": Preset(depth, hidden_size, num_heads, patch_size)
-    for size, depth, hidden_size, num_heads in (
-        ("S", 12, 384, 6),
-        ("B", 12, 768, 12),
-        ("L", 24, 1024, 16),
-        ("XL", 28, 1152, 16),
-    )
-    for patch_size in (2, 4, 8)
-}
 
 
 class DiT(nn.Module):
@@ -170,9 +100,14 @@ class DiT(nn.Module):
         tell the number of heads: it is looked up in `PRESETS`, or given here for other sizes.
         Errors: see `fastcache.models.checkpoint.read_checkpoint`.
         """
-        from fastcache.models.checkpoint import read_checkpoint
+        return DiT.from_stored(read_checkpoint(path, num_heads=num_heads))
 
-        return read_checkpoint(path, num_heads=num_heads).model()
+    @staticmethod
+    def from_stored(checkpoint: Checkpoint) -> "DiT":
+        """The model that a checkpoint holds, in float32 and eval mode, on the CPU."""
+        model = DiT.from_config(checkpoint.config)
+        model.load_state_dict(checkpoint.state)
+        return model.eval()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The prediction for noisy x [B, C, S, S] at timesteps t [B] (0..999) of classes y [B] (int).

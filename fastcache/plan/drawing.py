@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from fastcache.plan.schedule import Action, Schedule, StepPlan
+from fastcache.plan.actions import Action
+from fastcache.plan.layout import Layout
+from fastcache.plan.step import StepPlan
 
 LABELS = {"C": "compute", "R": "reuse", "F": "forecast", "S": "skip trunk"}
 COLOURS = {"C": "#b13f3f", "R": "#dfe7ee", "F": "#4f86c6", "S": "#2b2b2b"}
@@ -13,7 +14,21 @@ COLOURS = {"C": "#b13f3f", "R": "#dfe7ee", "F": "#4f86c6", "S": "#2b2b2b"}
 FEWEST, MOST = "#fbf0d3", "#a8640c"
 
 
-def draw_schedules(schedules: Mapping[str, "Schedule"], path: str | Path) -> None:
+class Drawable(Protocol):
+    """What is drawn of a Schedule."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def steps(self) -> tuple[StepPlan, ...]: ...
+
+    def kinds(self) -> dict[str, int]: ...
+
+    def ideal_speedup(self) -> float: ...
+
+
+def draw_schedules(schedules: Mapping[str, Drawable], path: str | Path) -> None:
     """One panel per schedule: steps across, branches down. Needs matplotlib (extra `demo`)."""
     try:
         import matplotlib
@@ -57,12 +72,12 @@ def draw_schedules(schedules: Mapping[str, "Schedule"], path: str | Path) -> Non
     figure.savefig(path, dpi=110)
 
 
-def _code(step: "StepPlan", action: "Action") -> str:
+def _code(step: StepPlan, action: Action) -> str:
     """The letter of a cell: a skipped step's branches are skipped, but for those that compute."""
     return "S" if step.skip and action.kind.value != "C" else action.kind.value
 
 
-def _colour(step: "StepPlan", action: "Action", tokens: int) -> str:
+def _colour(step: StepPlan, action: Action, tokens: int) -> str:
     code = _code(step, action)
     return COLOURS[code] if code in COLOURS else _shade(action.tokens / max(1, tokens))
 
@@ -78,7 +93,7 @@ def _shade(share: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
-def _legend(schedule: "Schedule") -> list[tuple[str, str]]:
+def _legend(schedule: Drawable) -> list[tuple[str, str]]:
     """(label, colour) of what the schedule has; of its refreshes the smallest and the largest."""
     codes = {_code(step, action) for step in schedule.steps for action in step.actions}
     entries = [(label, COLOURS[code]) for code, label in LABELS.items() if code in codes]

@@ -1,53 +1,33 @@
-"""Schedules made from schedules."""
+"""Steps made from steps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fastcache.errors import ScheduleError
-from fastcache.plan.schedule import Action, Kind, Schedule, StepPlan
+from fastcache.plan.actions import Action, Kind
+from fastcache.plan.step import StepPlan
 
 
-def union(first: Schedule, second: Schedule) -> Schedule:
-    """Compute where either computes, refresh the larger number of tokens where either refreshes.
-
-    Where neither does, the first's action stays. A step skips the trunk only if it does in both.
-    Raises ScheduleError if the schedules are for other hosts or step counts, or choose tokens differently.
-    """
-    if first.layout != second.layout:
+def union_of_steps(first: Sequence[StepPlan], second: Sequence[StepPlan]) -> tuple[StepPlan, ...]:
+    """Compute where either does, refresh the larger number of tokens; see Schedule.union."""
+    if first[0].layout != second[0].layout:
+        a, b = first[0].layout, second[0].layout
         raise ScheduleError(
-            f"union: expected schedules of one layout, got {first.layout.family} with"
-            f" {len(first.layout.branches)} branches and {second.layout.family} with"
-            f" {len(second.layout.branches)}"
+            f"union: expected schedules of one layout, got {a.family} with {len(a.branches)} branches and"
+            f" {b.family} with {len(b.branches)}"
         )
-    if first.num_steps != second.num_steps:
+    if len(first) != len(second):
         raise ScheduleError(
-            f"union: expected schedules of one length, got {first.num_steps} and {second.num_steps} steps"
+            f"union: expected schedules of one length, got {len(first)} and {len(second)} steps"
         )
-    if None not in (first.selection, second.selection) and first.selection != second.selection:
-        raise ScheduleError(
-            "union: the schedules choose their refreshed tokens differently; give one the selection of the"
-            " other with dataclasses.replace"
-        )
-    steps = tuple(_union_of_steps(a, b) for a, b in zip(first.steps, second.steps, strict=True))
-    return Schedule(
-        first.layout, steps, f"{first.policy} | {second.policy}", {}, first.selection or second.selection
-    )
+    return tuple(_union_of_two(a, b) for a, b in zip(first, second, strict=True))
 
 
-def with_branch(
-    schedule: Schedule,
-    name: str,
-    action: Action,
-    *,
-    block: int | None = None,
-    steps: Iterable[int] | None = None,
-) -> Schedule:
-    """A schedule in which the branches `name` (of one block, or of all) do `action` at `steps` (all if None).
-
-    Raises ScheduleError if nothing matches, a step is out of range or skips the trunk, or a branch
-    would use a stored feature before it computes one.
-    """
-    layout = schedule.layout
+def with_branch_replaced(
+    steps: Sequence[StepPlan], name: str, action: Action, *, block: int | None, at: Iterable[int] | None
+) -> tuple[StepPlan, ...]:
+    """Steps in which branches `name` do `action`; see Schedule.with_branch."""
+    layout = steps[0].layout
     chosen = {
         index
         for index, branch in enumerate(layout.branches)
@@ -58,27 +38,17 @@ def with_branch(
             f"name, block: expected one of {', '.join(layout.names)} in blocks 0..{layout.depth - 1}, got"
             f" {name!r} of block {block}"
         )
-    at = set(range(schedule.num_steps) if steps is None else steps)
-    outside = sorted(step for step in at if not 0 <= step < schedule.num_steps)
+    wanted = set(range(len(steps)) if at is None else at)
+    outside = sorted(step for step in wanted if not 0 <= step < len(steps))
     if outside:
-        raise ScheduleError(
-            f"steps: expected 0..{schedule.num_steps - 1}, got {', '.join(map(str, outside))}"
-        )
-    skipped = sorted(step for step in at if schedule.steps[step].skip)
+        raise ScheduleError(f"steps: expected 0..{len(steps) - 1}, got {', '.join(map(str, outside))}")
+    skipped = sorted(step for step in wanted if steps[step].skip)
     if skipped:
         raise ScheduleError(
             f"steps: {', '.join(map(str, skipped))} skip the trunk, where branches do nothing"
         )
     plans = tuple(
-        (
-            replace(
-                plan,
-                actions=tuple(action if index in chosen else old for index, old in enumerate(plan.actions)),
-            )
-            if step in at
-            else plan
-        )
-        for step, plan in enumerate(schedule.steps)
+        _with_actions(plan, chosen, action) if step in wanted else plan for step, plan in enumerate(steps)
     )
     for index in sorted(chosen):
         if plans[0].actions[index].kind is not Kind.COMPUTE:
@@ -87,17 +57,20 @@ def with_branch(
                 f"steps: step 0 must compute {branch.name} of block {branch.block}, nothing is stored before;"
                 " leave step 0 out of steps"
             )
-    return replace(schedule, steps=plans, policy=f"{schedule.policy}, edited".lstrip(", "))
+    return plans
 
 
-def _union_of_steps(first: StepPlan, second: StepPlan) -> StepPlan:
+def _with_actions(plan: StepPlan, chosen: set[int], action: Action) -> StepPlan:
+    return replace(
+        plan, actions=tuple(action if index in chosen else old for index, old in enumerate(plan.actions))
+    )
+
+
+def _union_of_two(first: StepPlan, second: StepPlan) -> StepPlan:
     if first.skip != second.skip:
         return second if first.skip else first
-    return StepPlan(
-        first.layout,
-        tuple(_stronger(a, b) for a, b in zip(first.actions, second.actions, strict=True)),
-        first.skip,
-    )
+    actions = tuple(_stronger(a, b) for a, b in zip(first.actions, second.actions, strict=True))
+    return StepPlan(first.layout, actions, first.skip)
 
 
 def _stronger(first: Action, second: Action) -> Action:

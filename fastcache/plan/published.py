@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import ScheduleError
-from fastcache.plan.schedule import COMPUTE, REUSE, Action, Kind, Layout, Schedule, StepPlan
+from fastcache.plan.actions import COMPUTE, REUSE, Action, Kind
+from fastcache.plan.layout import Layout
+from fastcache.plan.step import StepPlan
 
 FINGERPRINT = "fastcache"
 
@@ -178,24 +180,21 @@ class PublishedSchedule:
         Path(path).write_text(self.to_json())
 
 
-def plan_from_rows(
-    layout: Layout, rows: Sequence[Sequence[int]], policy: str, fields: dict[str, Any]
-) -> Schedule:
-    """The Schedule that computes branch b at step s where rows[b][s] is 1, and reuses elsewhere."""
-    steps = tuple(
+def steps_from_rows(layout: Layout, rows: Sequence[Sequence[int]]) -> tuple[StepPlan, ...]:
+    """The steps that compute branch b at step s where rows[b][s] is 1, and reuse elsewhere."""
+    return tuple(
         StepPlan(layout, tuple(COMPUTE if flag else REUSE for flag in column))
         for column in zip(*rows, strict=True)
     )
-    return Schedule(layout, steps, policy, fields)
 
 
-def publish(schedule: Schedule) -> PublishedSchedule:
-    """A schedule of COMPUTE and REUSE in the published form: a key per name whose blocks agree, else one per
+def publish(steps: Sequence[StepPlan]) -> PublishedSchedule:
+    """Steps of COMPUTE and REUSE in the published form: a key per name whose blocks agree, else one per
     block.
     """
     rows: dict[str, dict[int, tuple[int, ...]]] = {}
-    for index, branch in enumerate(schedule.layout.branches):
-        flags = tuple(_flag(step, index, number) for number, step in enumerate(schedule.steps))
+    for index, branch in enumerate(steps[0].layout.branches):
+        flags = tuple(_flag(step, index, number) for number, step in enumerate(steps))
         if rows.setdefault(branch.name, {}).setdefault(branch.block, flags) != flags:
             raise ScheduleError(
                 f"schedule: block {branch.block} has several branches {branch.name} that differ, which the"

@@ -4,7 +4,9 @@ import abc
 from dataclasses import asdict
 from typing import Any
 
-from fastcache.plan.schedule import Layout, Schedule, StepPlan
+from fastcache.plan.layout import Layout
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.step import StepPlan
 
 
 class Policy(abc.ABC):

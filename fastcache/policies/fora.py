@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from fastcache.plan.schedule import REUSE, Layout, Schedule, full_step, uniform_step
+from fastcache.plan.actions import REUSE
+from fastcache.plan.layout import Layout
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.step import full_step, uniform_step
 from fastcache.policies.base import Policy, positive_steps
 from fastcache.policies.reference import block_overhead_flops, full_block_flops
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastcache.errors import ScheduleError
 from fastcache.extras import needs_extra
-from fastcache.plan.published import PublishedSchedule, plan_from_rows
-from fastcache.plan.schedule import Layout, Schedule
+from fastcache.plan.layout import Layout
+from fastcache.plan.published import PublishedSchedule, steps_from_rows
+from fastcache.plan.schedule import Schedule
 from fastcache.policies.base import Policy, positive_steps
 
 CONTAINERS = (
@@ -83,7 +84,7 @@ class L2C(Policy):
                 f"router: it was trained for another number of layers: the model's {absent[0]} and"
                 f" {len(absent) - 1} other branches are not in it"
             )
-        return plan_from_rows(layout, rows, "L2C", self.fields())
+        return Schedule(layout, steps_from_rows(layout, rows), "L2C", self.fields())
 
     def fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {"router": self.published.describe()}

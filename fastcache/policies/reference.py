@@ -4,7 +4,10 @@ It counts the blocks alone, one FLOP a multiply-add in the adaLN projection and 
 serves only to compare with published figures; `StepPlan.flops` is the model's own count.
 """
 
-from fastcache.plan.schedule import Kind, Layout, Schedule, StepPlan
+from fastcache.plan.actions import Kind
+from fastcache.plan.layout import Layout
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.step import StepPlan
 
 
 def attention_flops(layout: Layout, batch: int) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import ScheduleError
-from fastcache.plan.published import PublishedSchedule, plan_from_rows
-from fastcache.plan.schedule import Layout, Schedule
+from fastcache.plan.layout import Layout
+from fastcache.plan.published import PublishedSchedule, steps_from_rows
+from fastcache.plan.schedule import Schedule
 from fastcache.policies.base import Policy, positive_steps
 
 
@@ -45,7 +46,7 @@ class SmoothCache(Policy):
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
         rows = self.published.rows(layout, positive_steps(num_steps))
-        return plan_from_rows(layout, rows, "SmoothCache", self.fields())
+        return Schedule(layout, steps_from_rows(layout, rows), "SmoothCache", self.fields())
 
     def fields(self) -> dict[str, Any]:
         return {"schedule": self.published.describe()}

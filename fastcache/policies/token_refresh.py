@@ -5,18 +5,11 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from fastcache.plan.schedule import (
-    COMPUTE,
-    REUSE,
-    Action,
-    Branch,
-    Layout,
-    Schedule,
-    Score,
-    Selection,
-    StepPlan,
-    refresh,
-)
+from fastcache.plan.actions import COMPUTE, REUSE, Action, refresh
+from fastcache.plan.layout import Branch, Layout
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.selection import Score, Selection
+from fastcache.plan.step import StepPlan
 from fastcache.policies.base import Policy, positive_steps
 from fastcache.policies.fresh_ratio import Position
 from fastcache.policies.reference import plan_flops

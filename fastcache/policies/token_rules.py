@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
 
-from fastcache.plan.schedule import Layout
+from fastcache.plan.layout import Layout
 from fastcache.policies.fresh_ratio import FreshRatio
 from fastcache.policies.token_steps import Cycle
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-import fastcache
 from fastcache import backends
+from fastcache.version import __version__
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def environment(
 ) -> Environment:
     """The environment of work on `device` in `dtype`; `backend` is the one that runs there."""
     return Environment(
-        fastcache=fastcache.__version__,
+        fastcache=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
         processor=processor_name(),

@@ -5,8 +5,7 @@ import torch
 from cases import FORMS, LAYOUTS, PRECISIONS, VECTOR_SHAPES, Form, verify
 
 import fastcache
-from fastcache.backends import take_index_errors
-from fastcache.backends import triton as backend
+from fastcache.backends import take_index_errors, triton as backend
 from fastcache.ops import Norm
 
 # the interpreter truncates fp32 -> bf16 instead of rounding: fp32 and fp16 are exact tests of values

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcache.engine.tokens.tap import AttentionTap
 from fastcache.errors import ScheduleError
 from fastcache.ops import SlotMap, attention_received, row_score, select_tokens_, value_norm
-from fastcache.plan.schedule import Score, Selection
+from fastcache.plan.selection import Score, Selection
 from fastcache.stream.residual_stream import constant_row
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from fastcache.engine.session import accelerate
 from fastcache.extras import needs_extra
 from fastcache.models import DiT
+from fastcache.plan.actions import Kind
 from fastcache.plan.drawing import COLOURS
-from fastcache.plan.schedule import Kind, Schedule, StepPlan
+from fastcache.plan.schedule import Schedule
+from fastcache.plan.step import StepPlan
 from fastcache.policies import Policy
 from fastcache.workshop.glyphs.dataset import to_pixels
 from fastcache.workshop.studies.comparison import Sampler

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from fastcache.calibration.calibrated import Calibration
 from fastcache.calibration.errors import calibrate
-from fastcache.calibration.scan import Calibration, ErrorCurves
+from fastcache.calibration.scan import ErrorCurves
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.workshop.studies.comparison import Sampler

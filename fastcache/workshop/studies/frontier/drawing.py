@@ -1,16 +1,13 @@
 """The frontier as one picture: quality up, speedup across, the Pareto front through it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastcache.extras import needs_extra
 from fastcache.workshop.studies.frontier.front import FRECHET, METRICS, PSNR, SPEEDS, Metric
 from fastcache.workshop.studies.frontier.grid import UNCACHED
 from fastcache.workshop.studies.frontier.results import FrontierRow
-
-if TYPE_CHECKING:
-    from fastcache.workshop.studies.frontier.report import FrontierReport
 
 MARKS = {
     "uncached": ("#222222", "*"),
@@ -22,7 +19,12 @@ MARKS = {
 }
 
 
-def draw_frontier(report: "FrontierReport", path: Path) -> None:
+def draw_frontier(
+    rows: Sequence[FrontierRow],
+    fronts: Mapping[str, Mapping[str, Sequence[str]]],
+    floor: float,
+    path: Path,
+) -> None:
     """A row of panels per metric, measured speedup to the left and ideal to the right. Needs matplotlib."""
     with needs_extra("demo"):
         import matplotlib
@@ -33,17 +35,17 @@ def draw_frontier(report: "FrontierReport", path: Path) -> None:
     axes = figure.subplots(len(METRICS), len(SPEEDS), squeeze=False, sharex=True, sharey="row")
     for line, metric in zip(axes, METRICS, strict=True):
         for axis, (speed, at) in zip(line, SPEEDS.items(), strict=True):
-            shown = [row for row in report.rows if metric is not PSNR or row.method != UNCACHED.name]
-            _points(axis, shown, [at(row) for row in shown], metric, report.fronts[speed][metric.name])
+            shown = [row for row in rows if metric is not PSNR or row.method != UNCACHED.name]
+            _points(axis, shown, [at(row) for row in shown], metric, fronts[speed][metric.name])
             axis.set_xlabel(f"{speed} speedup")
             axis.tick_params(labelbottom=True)
             if metric is FRECHET:
                 axis.axhline(
-                    report.floor,
+                    floor,
                     color="#888888",
                     linestyle=":",
                     linewidth=1,
-                    label=f"real pictures ({report.floor:.3f})",
+                    label=f"real pictures ({floor:.3f})",
                 )
                 axis.set_yscale("log")
                 for of in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastcache.workshop.environment import Environment, environment
 from fastcache.workshop.studies.comparison import Sampler
+from fastcache.workshop.studies.frontier.drawing import draw_frontier
 from fastcache.workshop.studies.frontier.front import (
     EXPECTED,
     FRECHET,
@@ -86,14 +87,14 @@ def report_of(
 
 def write_report(report: FrontierReport, out: Path) -> None:
     """All four files, each replaced as a whole. Needs matplotlib (extra `demo`)."""
-    from fastcache.workshop.studies.frontier.drawing import draw_frontier
-
     write_whole(
         out / "frontier.json", lambda path: path.write_text(json.dumps(asdict(report), indent=2) + "\n")
     )
     write_whole(out / "frontier.csv", lambda path: path.write_text(_csv(report.rows)))
     write_whole(out / "frontier.md", lambda path: path.write_text(markdown(report)))
-    write_whole(out / "frontier.png", lambda path: draw_frontier(report, path))
+    write_whole(
+        out / "frontier.png", lambda path: draw_frontier(report.rows, report.fronts, report.floor, path)
+    )
 
 
 def markdown(report: FrontierReport) -> str:
