@@ -12,7 +12,8 @@ ROOT = Path(fastcache.__file__).parent
 # from the bottom up: a folder or file of the package imports from itself and from what stands before it
 ORDER = (
     "errors", "version", "extras", "kernels", "backends", "ops", "plan", "stream", "policies", "hosts",
-    "engine", "calibration", "compat", "models", "workshop", "schedule", "glyphs", "cli", "__init__", "__main__",
+    "engine", "calibration", "compat", "models", "workshop", "schedule", "glyphs", "cli", "__init__",
+    "__main__",
 )  # fmt: skip
 
 
