@@ -1,7 +1,7 @@
 """What the originals of the caching methods share: they replace the forward of every block, and keep what
 they store in dictionaries.
 
-None of their code was read: each is written from the equations and operator sequences of the specification.
+None of their code was read: each is written from the equations and operator counts of docs/methods/.
 """
 
 import abc

@@ -1,7 +1,7 @@
 """FORA as its original implements it: a dictionary of features, and every block's full modulation at every
 step.
 
-Written from the equations (spec section 1; Selvaraju et al., "FORA: Fast-Forward Caching in
+Written from the equations (docs/methods/fora.md; Selvaraju et al., "FORA: Fast-Forward Caching in
 Diffusion Transformer Acceleration"), in the op sequence of the host's own block.
 """
 

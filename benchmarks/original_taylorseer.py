@@ -1,8 +1,9 @@
 """TaylorSeer as its original implements it: differences that every full step updates, and a forecast one term
 at a time.
 
-Written from spec section 6 (Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models
-with TaylorSeers"). A forecast of order 4 takes 17 operators a module, and the block's modulation is computed in full.
+Written from docs/methods/taylorseer.md (Liu et al., "From Reusing to Forecasting: Accelerating Diffusion
+Models with TaylorSeers"). A forecast of order 4 takes 17 operators a module, and the block's modulation is
+computed in full.
 """
 
 import math

@@ -1,14 +1,14 @@
 """ToCa and DuCa on a DiT as their originals execute them: every block chooses its own tokens, one small
 operator after the other.
 
-Written from spec sections 2, 3 and 8 (Zou et al., "Accelerating Diffusion Transformers with
+Written from docs/methods/toca.md and duca.md (Zou et al., "Accelerating Diffusion Transformers with
 Token-wise Feature Caching" and "... with Dual Feature Caching"). A full step with `attention` scores
 multiplies, keeps and averages whole softmax maps. A partial block computes all of its modulation,
 reuses attention, scores every token anew, sorts them all, gathers K, runs the MLP on them and
 scatters the result.
 
 Left out, in the baseline's favour: the originals evaluate the kind of a step and the share of tokens
-again in every block, on 0-dim CPU tensors (7 of the 42 operators that the specification counts).
+again in every block, on 0-dim CPU tensors (7 of the 42 operators that docs/methods/toca.md counts).
 """
 
 import math

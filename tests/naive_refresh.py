@@ -1,6 +1,6 @@
 """The method written naively, for tests: a plan of any kind over a small DiT, block by block.
 
-Materialised attention maps, a sort per layer, gather and scatter: what the specification says and
+Materialised attention maps, a sort per layer, gather and scatter: what docs/methods/ says and
 nothing of the engine but the plan itself.
 """
 

@@ -1,4 +1,6 @@
-"""The DiT family: blocks of gated self-attention and gated MLP with adaLN-Zero (spec section 0).
+"""The DiT family: blocks of gated self-attention and gated MLP with adaLN-Zero.
+
+Method: docs/methods/README.md, "The host".
 
 Recognises the original's structure whoever wrote the class: `blocks[i]` with `norm1`, `attn`,
 `norm2`, `mlp` and `adaLN_modulation`, whose output holds shift, scale and gate of the attention
