@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import fastcache
 from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, cached, defined, equal_or_loud
+from fastcache.hosts import recognise
+from fastcache.schedule import Schedule, full_step, skip_step
 from hosts import STEPS, ForeignBlock, ForeignDiT, foreign_dit, inputs, run, small_dit
 
 Change = Callable[[ForeignDiT], None]
@@ -185,6 +187,58 @@ def test_a_block_that_joins_its_parts_in_another_way_is_run_or_refused(block: ty
             each.__class__ = block
 
     assert_proven(changed(change))
+
+
+class AttentionWithWeights(nn.Module):
+    """Returns (output, weights), as torch's own MultiheadAttention does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h: Tensor) -> tuple[Tensor, None]:
+        return self.inner(h), None
+
+
+class TakingTheFirst(ForeignBlock):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, -1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)[0]
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class AttentionWithPositions(nn.Module):
+    """Needs more than the stream."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h: Tensor, positions: Tensor) -> Tensor:
+        return self.inner(h + positions)
+
+
+class GivingPositions(ForeignBlock):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, -1)
+        positions = torch.linspace(0, 1, x.shape[1])[:, None]
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, positions)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+@pytest.mark.parametrize(
+    ("block", "attention"),
+    [(TakingTheFirst, AttentionWithWeights), (GivingPositions, AttentionWithPositions)],
+)
+def test_a_body_that_takes_or_gives_more_than_one_tensor_is_refused_by_name(
+    block: type[ForeignBlock], attention: type[nn.Module]
+) -> None:
+    model = foreign_dit()
+    for each in model.blocks:
+        each.__class__, each.attn = block, attention(each.attn)
+    run(model, 1)  # the host itself works
+    with pytest.raises(fastcache.HostError, match="attn"):
+        cached(model)
 
 
 def test_one_block_of_another_class_among_known_ones_is_run_or_refused() -> None:
@@ -383,6 +437,54 @@ def test_a_block_that_a_host_leaves_out_after_the_full_step_is_left_out() -> Non
     definition = StepCaching(model, POLICY.full_steps(3))
     expected = definition.run(3)  # bodies are counted in order, and the last two are not asked for
     equal_or_loud(lambda: cached(model, POLICY, 3), expected)
+
+
+class BackToFront(ForeignDiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.embed(x, t, y)
+        for block in reversed(self.blocks):
+            x = block(x, c)
+        return self.finish(x, c)
+
+
+class WithoutTheLastLater(ForeignDiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.embed(x, t, y)
+        for block in self.blocks if float(t[0]) > 850 else self.blocks[:-1]:
+            x = block(x, c)
+        return self.finish(x, c)
+
+
+class MoreAfterTheLast(ForeignDiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.embed(x, t, y)
+        for block in (*self.blocks, self.blocks[0]):
+            x = block(x, c)
+        return self.finish(x, c)
+
+
+@pytest.mark.parametrize(
+    "kind", [BackToFront, WithoutTheLastLater, MoreAfterTheLast], ids=lambda kind: kind.__name__
+)
+def test_a_skipped_step_has_the_output_of_the_trunk_as_the_host_ran_it(kind: type[ForeignDiT]) -> None:
+    model, seen = foreign_dit(), []
+    model.__class__ = kind
+    layout = recognise(model).layout()
+    schedule = Schedule(layout, (full_step(layout), skip_step(layout)))
+    with torch.no_grad():  # the final layer of this host adds the condition of the step
+        conditions = [model.embed(*inputs(step))[1][:, None] for step in range(2)]
+    model.final_layer.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0] - conditions[len(seen) % 2])
+    )
+    run(model, 1)
+    expected = [seen.pop()] * 2
+
+    def play() -> list[Tensor]:
+        with fastcache.accelerate(model, schedule, calls_per_step=1):
+            run(model, 2)
+        return seen
+
+    equal_or_loud(play, expected)
 
 
 # -- what blocks are called with --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fastcache
 from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, defined, equal_or_loud
+from fastcache.models import DiT
 from hosts import CLASSES, STEPS, inputs, reference, run, small_dit
 
 
@@ -110,6 +111,53 @@ def test_guided_and_unguided_generations_follow_each_other_without_begin(
             return [*first(model), *second(model), *second(model)]
 
     equal_or_loud(play, [*expected[first], *expected[second], *expected[second]], fastcache.SessionError)
+
+
+class LabelsFirst(DiT):
+    """forward(x, y, t): the second argument is no timestep."""
+
+    def forward(self, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t, y)
+
+
+class OtherNames(DiT):
+    """Names its arguments as others do."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        return super().forward(hidden_states, timestep, class_labels)
+
+
+CONVENTIONS = {
+    "labels before t": (LabelsFirst, lambda model, x, t, y: model(x, y, t)),
+    "labels before t, by name": (LabelsFirst, lambda model, x, t, y: model(x, y=y, t=t)),
+    "other names": (OtherNames, lambda model, x, t, y: model(hidden_states=x, timestep=t, class_labels=y)),
+    "other names in part": (OtherNames, lambda model, x, t, y: model(x, timestep=t, class_labels=y)),
+    "x by name": (DiT, lambda model, x, t, y: model(x=x, t=t, y=y)),
+}
+
+
+@pytest.mark.parametrize(("kind", "call"), CONVENTIONS.values(), ids=CONVENTIONS)
+def test_the_timestep_is_found_however_the_model_names_its_arguments(kind: type[DiT], call: Callable) -> None:
+    model = small_dit()
+    expected = defined(model)
+    model.__class__ = kind
+
+    def play() -> list[Tensor]:
+        with fastcache.accelerate(model, POLICY, STEPS), torch.no_grad():
+            return [call(model, *inputs(step)) for _ in range(2) for step in range(STEPS)]
+
+    equal_or_loud(play, expected * 2)
+
+
+def test_a_sampler_that_goes_around_the_accelerated_forward_is_told() -> None:
+    model = small_dit()
+    forward = type(model).forward  # taken before, or by a wrapper that knows the class only
+
+    def play() -> list[Tensor]:
+        with fastcache.accelerate(model, POLICY, STEPS), torch.no_grad():
+            return [forward(model, *inputs(step)) for step in range(STEPS)]
+
+    equal_or_loud(play, defined(model))
 
 
 # -- any number of calls ---------------------------------------------------------------------------------
