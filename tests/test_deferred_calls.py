@@ -17,6 +17,7 @@ from hosts import foreign_dit, run
 
 WIDTH, STEPS, DEPTH = 24, 3, 2  # two full steps and one that reuses
 FULL = POLICY.full_steps(STEPS)
+FIRST = torch.zeros(4, 1, WIDTH, dtype=torch.long)
 
 METADATA = {
     "numel(input=)": lambda x: torch.numel(input=x),

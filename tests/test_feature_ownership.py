@@ -23,7 +23,7 @@ def skipping(model: nn.Module) -> Schedule:
 
 
 def hidden_of(model: nn.Module, steps: int = 6) -> list[Tensor]:
-    """What the trunk gives to the final layer at each step, by the definition: skipped steps have the last one."""
+    """What the trunk gives to the final layer at each step; skipped steps have the last output."""
     seen: list[Tensor] = []
     handle = model.final_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     with torch.no_grad():
@@ -229,6 +229,29 @@ def test_a_body_that_returns_a_weight_does_not_lend_it(mode: Callable) -> None:
             found.append(model(*inputs(step)))
             constant.value.data.zero_()
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [POLICY, fastcache.ToCa(3, 0.3), fastcache.TaylorSeer(3, 2)],
+    ids=lambda policy: type(policy).__name__,
+)
+@pytest.mark.parametrize(
+    "modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)]
+)
+def test_features_of_inference_mode_are_used_outside_of_it_and_the_other_way_round(
+    policy: fastcache.Policy, modes: tuple[Callable, Callable]
+) -> None:
+    model = small_dit()
+    with fastcache.accelerate(model, policy, STEPS):
+        expected = run(model)
+    found = []
+    with fastcache.accelerate(model, policy, STEPS):
+        for step in range(STEPS):
+            with modes[step % 2]():
+                found.append(model(*inputs(step)).clone())
+    with torch.inference_mode():
+        assert_equal(found, expected)
 
 
 class FewerTokens(ForeignDiT):

@@ -57,9 +57,9 @@ def kept_bytes(session: fastcache.Session) -> int:
 
 
 def sizes(session: fastcache.Session) -> tuple[int, int]:
-    """(number of objects, bytes of tensors) that a session keeps alive."""
+    """(number of objects but whole numbers and names, bytes of tensors) that a session keeps alive."""
     gc.collect()
-    return len(reachable(session)), kept_bytes(session)
+    return sum(not isinstance(each, (int, str)) for each in reachable(session).values()), kept_bytes(session)
 
 
 def live_tensors() -> int:

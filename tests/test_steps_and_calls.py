@@ -290,7 +290,7 @@ def test_taylorseer_follows_a_sampler_that_repeats_a_full_step_or_says_that_it_c
 # -- generations that were stopped -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", [2, 4, 7])
 @pytest.mark.parametrize("declared", [None, 1], ids=["found", "declared"])
 def test_a_generation_after_one_that_was_stopped_starts_at_step_zero(stop: int, declared: int | None) -> None:
     model = small_dit()
@@ -300,6 +300,20 @@ def test_a_generation_after_one_that_was_stopped_starts_at_step_zero(stop: int, 
             raise Stop
         found = run(model)
     assert_equal(found, defined(model))
+
+
+@pytest.mark.parametrize("declared", [None, 1], ids=["found", "declared"])
+def test_a_generation_after_one_that_was_stopped_at_its_first_step_is_recognised_or_refused(
+    declared: int | None,
+) -> None:
+    model = small_dit()  # t stays what it is: this may be a restart, a second half or another evaluation
+
+    def play() -> list[Tensor]:
+        with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=declared):
+            run(model, 1)
+            return run(model)
+
+    equal_or_loud(play, defined(model), fastcache.SessionError)
 
 
 @pytest.mark.parametrize("calls", [5, 6], ids=["between the halves of a step", "between steps"])

@@ -13,7 +13,7 @@ from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.models.dit import Attention
 from fastcache.schedule import REUSE, Schedule, Selection, StepPlan, full_step, refresh
-from hosts import STEPS, inputs, run, small_dit
+from hosts import STEPS, ForeignDiT, foreign_dit, inputs, run, small_dit
 from naive_refresh import run_naively
 
 # -- how many tokens ----------------------------------------------------------------------------------
@@ -80,6 +80,35 @@ def test_a_share_follows_a_resolution_that_changes_between_generations() -> None
     except fastcache.FastCacheError:
         return
     assert found == [{16}, {4}]
+
+
+class FewerTokensLater(ForeignDiT):
+    """Leaves out each second token half way."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.embed(x, t, y)
+        for index, block in enumerate(self.blocks):
+            x = block(x[:, ::2] if index == 2 else x, c)
+        return self.finish(x, c)
+
+
+@pytest.mark.parametrize("score", ["random", "norm"])
+def test_a_block_with_fewer_tokens_chooses_among_its_own_or_is_refused(score: str) -> None:
+    model = foreign_dit()
+    model.__class__ = FewerTokensLater
+    layout = recognise(model).layout()
+    step = StepPlan(
+        layout, tuple(refresh(5) if branch.name == "mlp" else REUSE for branch in layout.branches)
+    )
+    schedule = Schedule(layout, (full_step(layout), step), selection=Selection(score, 0.05))
+    try:
+        with fastcache.accelerate(model, schedule, calls_per_step=1, record_tokens=True) as session:
+            run(model, 2)
+    except fastcache.FastCacheError:
+        return
+    chosen = {layout.branches[index].block: mask for index, mask in session.tokens[1].items()}
+    assert {block: mask.shape[1] for block, mask in chosen.items()} == {0: 64, 1: 64, 2: 32, 3: 32}
+    assert all(set(mask.sum(1).tolist()) == {5} for mask in chosen.values())
 
 
 # -- whose attention ----------------------------------------------------------------------------------
