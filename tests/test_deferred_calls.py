@@ -85,7 +85,7 @@ BY_KEYWORD = {
 
 
 def called_between_blocks(call: Callable[[Tensor], Any]) -> list[tuple[Any, Any]]:
-    """(result with what the block handed on, result with a plain tensor of its value), for all steps and blocks."""
+    """(result with what a block handed on, result with a plain tensor), for all steps and blocks."""
     results, kinds = [], set()
 
     def between(index: int, x: Tensor) -> Tensor:

@@ -85,8 +85,15 @@ def test_what_is_counted_contains_features_and_grows_with_them() -> None:
     )  # 4 features of 4 x 16 x 32 float32
 
 
-@pytest.mark.parametrize(("calls", "begun"), [(1, False), (1, True), (2, False)], ids=["1", "1, begun", "2"])
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+LIVES = {  # policy, calls a step, begun
+    **{name: (policy, 1, False) for name, policy in POLICIES.items()},
+    "FORA, two calls": (POLICIES["FORA"], 2, False),
+    "FORA, begun": (POLICIES["FORA"], 1, True),
+    "ToCa, begun": (POLICIES["ToCa"], 1, True),
+}
+
+
+@pytest.mark.parametrize(("policy", "calls", "begun"), LIVES.values(), ids=LIVES)
 def test_a_session_does_not_grow_after_its_second_generation(
     policy: fastcache.Policy, calls: int, begun: bool
 ) -> None:
@@ -128,14 +135,14 @@ def test_a_generation_without_end_does_not_grow() -> None:
 
 
 def other_resolutions() -> None:
-    for batch in range(1, 6):
+    for batch in (1, 2, 5):
         model = small_dit(depth=1)
         with fastcache.accelerate(model, fastcache.ToCa(4, 0.1 + 0.1 * batch, cache_type="random"), STEPS):
             run(model, STEPS, batch)
 
 
 def other_forecasts() -> None:
-    for interval in range(5, 9):
+    for interval in (5, 7):
         model = small_dit(depth=1)
         with fastcache.accelerate(model, fastcache.TaylorSeer(interval=interval, max_order=3), 19 + interval):
             run(model, 19 + interval)
@@ -172,11 +179,17 @@ def test_features_are_freed_when_a_generation_ends() -> None:
     assert left <= held - features, f"{left} of {held} bytes, {features} of which were features"
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["not begun", "begun"])
-@pytest.mark.parametrize("how", ["closed", "left by an exception"])
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+LEFT = {  # policy, begun, left by an exception
+    **{name: (policy, False, False) for name, policy in POLICIES.items()},
+    "FORA, by an exception": (POLICIES["FORA"], False, True),
+    "FORA, begun": (POLICIES["FORA"], True, False),
+    "FORA, begun, by an exception": (POLICIES["FORA"], True, True),
+}
+
+
+@pytest.mark.parametrize(("policy", "begun", "failing"), LEFT.values(), ids=LEFT)
 def test_a_session_that_was_left_holds_no_features_gates_or_tables(
-    policy: fastcache.Policy, how: str, begun: bool
+    policy: fastcache.Policy, begun: bool, failing: bool
 ) -> None:
     model = small_dit()
     try:
@@ -185,7 +198,7 @@ def test_a_session_that_was_left_holds_no_features_gates_or_tables(
                 announce(session)
             run(model)
             held = kept_bytes(session)
-            if how == "left by an exception":
+            if failing:
                 raise ZeroDivisionError
     except ZeroDivisionError:
         pass

@@ -50,7 +50,7 @@ def timesteps_of(steps: Iterable[int] = range(STEPS)) -> Tensor:
 
 
 def test_begin_forgets_the_number_of_calls_that_was_found() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS) as session:
         guided(model)
         session.begin()
@@ -60,7 +60,7 @@ def test_begin_forgets_the_number_of_calls_that_was_found() -> None:
 
 
 def test_begin_forgets_that_one_call_was_found() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS) as session:
         run(model)
         session.begin()
@@ -70,7 +70,7 @@ def test_begin_forgets_that_one_call_was_found() -> None:
 
 
 def test_begin_keeps_the_number_of_calls_that_was_declared() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=2) as session:
         guided(model)
         session.begin()
@@ -79,7 +79,7 @@ def test_begin_keeps_the_number_of_calls_that_was_declared() -> None:
 
 
 def test_reset_forgets_the_number_of_calls_that_was_found() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS) as session:
         guided(model, range(2))
         session.reset()
@@ -88,7 +88,7 @@ def test_reset_forgets_the_number_of_calls_that_was_found() -> None:
 
 
 def test_a_call_that_fails_forgets_the_number_of_calls_that_was_found() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS):
         guided(model, range(2))
         with pytest.raises(IndexError), torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_call_that_fails_forgets_the_number_of_calls_that_was_found() -> None:
 def test_guided_and_unguided_generations_follow_each_other_without_begin(
     first: Callable, second: Callable
 ) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     expected = {run: defined(model), guided: guided_definition(model)}
 
     def play() -> list[Tensor]:
@@ -138,7 +138,7 @@ CONVENTIONS = {
 
 @pytest.mark.parametrize(("kind", "call"), CONVENTIONS.values(), ids=CONVENTIONS)
 def test_the_timestep_is_found_however_the_model_names_its_arguments(kind: type[DiT], call: Callable) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     expected = defined(model)
     model.__class__ = kind
 
@@ -150,7 +150,7 @@ def test_the_timestep_is_found_however_the_model_names_its_arguments(kind: type[
 
 
 def test_a_sampler_that_goes_around_the_accelerated_forward_is_told() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     forward = type(model).forward  # taken before, or by a wrapper that knows the class only
 
     def play() -> list[Tensor]:
@@ -165,7 +165,7 @@ def test_a_sampler_that_goes_around_the_accelerated_forward_is_told() -> None:
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 5])
 def test_any_number_of_calls_a_step_can_be_declared(calls: int) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     definition = StepCaching(model)
     expected = [
         definition(k, *each, call=call) for k in range(STEPS) for call, each in enumerate(several(k, calls))
@@ -179,7 +179,7 @@ def test_any_number_of_calls_a_step_can_be_declared(calls: int) -> None:
 @pytest.mark.parametrize("bad", [0, -1, 1.0, 2.5, True, "2"])
 def test_a_bad_number_of_calls_is_named(bad: object) -> None:
     with pytest.raises(ValueError, match="calls_per_step"):
-        fastcache.accelerate(small_dit(), POLICY, STEPS, calls_per_step=bad)
+        fastcache.accelerate(small_dit(depth=2), POLICY, STEPS, calls_per_step=bad)
 
 
 CALLS = {
@@ -220,7 +220,7 @@ def test_calls_that_are_not_those_declared_or_found_are_never_counted_in_silence
 
 
 def test_the_first_step_that_is_named_keeps_its_number_with_two_calls() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS) as session:
         session.step(5)
         found = guided(model, range(5, STEPS))
@@ -228,7 +228,7 @@ def test_the_first_step_that_is_named_keeps_its_number_with_two_calls() -> None:
 
 
 def test_a_step_that_is_named_before_each_of_its_two_calls_keeps_their_features_apart() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
 
     def play() -> list[Tensor]:
         found = []
@@ -244,7 +244,7 @@ def test_a_step_that_is_named_before_each_of_its_two_calls_keeps_their_features_
 
 
 def test_a_step_that_is_named_before_its_two_calls_keeps_their_features_apart() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     found = []
     with fastcache.accelerate(model, POLICY, STEPS) as session, torch.no_grad():
         for step in range(STEPS):
@@ -255,7 +255,7 @@ def test_a_step_that_is_named_before_its_two_calls_keeps_their_features_apart() 
 
 @pytest.mark.parametrize("back", [2, 3])
 def test_taylorseer_follows_a_sampler_that_goes_back_or_says_that_it_cannot(back: int) -> None:
-    model, policy = small_dit(), fastcache.TaylorSeer(interval=3, max_order=2)
+    model, policy = small_dit(depth=2), fastcache.TaylorSeer(interval=3, max_order=2)
     with torch.no_grad():
         in_full = model(*inputs(back))
     try:
@@ -271,7 +271,7 @@ def test_taylorseer_follows_a_sampler_that_goes_back_or_says_that_it_cannot(back
 
 
 def test_taylorseer_follows_a_sampler_that_repeats_a_full_step_or_says_that_it_cannot() -> None:
-    model, policy = small_dit(), fastcache.TaylorSeer(interval=3, max_order=2)
+    model, policy = small_dit(depth=2), fastcache.TaylorSeer(interval=3, max_order=2)
     with fastcache.accelerate(model, policy, STEPS):
         expected = run(model)[:6]
 
@@ -293,7 +293,7 @@ def test_taylorseer_follows_a_sampler_that_repeats_a_full_step_or_says_that_it_c
 @pytest.mark.parametrize("stop", [2, 4, 7])
 @pytest.mark.parametrize("declared", [None, 1], ids=["found", "declared"])
 def test_a_generation_after_one_that_was_stopped_starts_at_step_zero(stop: int, declared: int | None) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=declared):
         with pytest.raises(Stop):
             run(model, stop)
@@ -306,7 +306,9 @@ def test_a_generation_after_one_that_was_stopped_starts_at_step_zero(stop: int, 
 def test_a_generation_after_one_that_was_stopped_at_its_first_step_is_recognised_or_refused(
     declared: int | None,
 ) -> None:
-    model = small_dit()  # t stays what it is: this may be a restart, a second half or another evaluation
+    model = small_dit(
+        depth=2
+    )  # t stays what it is: this may be a restart, a second half or another evaluation
 
     def play() -> list[Tensor]:
         with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=declared):
@@ -321,7 +323,7 @@ def test_a_generation_after_one_that_was_stopped_at_its_first_step_is_recognised
 def test_a_guided_generation_after_one_that_was_stopped_starts_at_step_zero(
     calls: int, declared: int | None
 ) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=declared), torch.no_grad():
         for each in [each for step in range(STEPS) for each in halves(step)][:calls]:
             model(*each)
@@ -330,7 +332,7 @@ def test_a_guided_generation_after_one_that_was_stopped_starts_at_step_zero(
 
 
 def test_two_halves_of_generations_are_not_one() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     once = defined(model)[:4]
 
     def play() -> list[Tensor]:
@@ -341,7 +343,7 @@ def test_two_halves_of_generations_are_not_one() -> None:
 
 
 def test_a_generation_that_starts_elsewhere_after_one_that_was_stopped_is_recognised_or_refused() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     later = [(x, t - 50, y) for x, t, y in (inputs(step) for step in range(STEPS))]
     definition = StepCaching(model)
     expected = [definition(step, *each) for step, each in enumerate(later)]
@@ -357,7 +359,7 @@ def test_a_generation_that_starts_elsewhere_after_one_that_was_stopped_is_recogn
 
 
 def test_a_sampler_that_evaluates_a_timestep_twice_is_not_taken_for_a_restart() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     order = [0, 1, 1, 2, 2, 3, 3, 4]  # Heun's
     definition = StepCaching(model)
     expected = [definition(step, *inputs(at)) for step, at in enumerate(order)]
@@ -370,7 +372,7 @@ def test_a_sampler_that_evaluates_a_timestep_twice_is_not_taken_for_a_restart() 
     "order", [[0, 1, 2, 3, 1, 2, 3, 4], [0, 1, 2, 0, 1, 2, 3, 4]], ids=["before", "first"]
 )
 def test_a_sampler_that_goes_back_within_a_generation_is_followed_or_refused(order: list[int]) -> None:
-    model = small_dit()  # as Restart and RePaint do: t goes up again, and that is the plan
+    model = small_dit(depth=2)  # as Restart and RePaint do: t goes up again, and that is the plan
     definition = StepCaching(model)
     expected = [definition(step, *inputs(at)) for step, at in enumerate(order)]
 
@@ -382,7 +384,7 @@ def test_a_sampler_that_goes_back_within_a_generation_is_followed_or_refused(ord
 
 
 def test_a_generation_with_one_timestep_for_all_steps_is_no_restart_at_each_step() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     x, t, y = inputs(0)
     definition = StepCaching(model)
     expected = [definition(step, x + step, t, y) for step in range(STEPS)]
@@ -437,13 +439,13 @@ def off_by_a_little(right: Tensor) -> Tensor:
     ],
 )
 def test_timesteps_that_are_wrong_at_any_step_are_an_error(change: Callable[[Tensor], Tensor]) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with pytest.raises(fastcache.SessionError, match="timesteps"):
         announced(model, change(timesteps_of()), inputs(0)[2], [inputs(step) for step in range(STEPS)])
 
 
 def test_timesteps_that_are_wrong_are_an_error_where_the_first_call_is_a_later_step() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with pytest.raises(fastcache.SessionError, match="timesteps"):
         with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=1) as session, torch.no_grad():
             session.begin(timesteps=timesteps_of().flip(0), conditions={"y": inputs(0)[2]})
@@ -453,7 +455,7 @@ def test_timesteps_that_are_wrong_are_an_error_where_the_first_call_is_a_later_s
 
 
 def test_labels_that_change_within_an_announced_generation_are_an_error() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     called = [
         inputs(step) if step < 4 else (*inputs(step)[:2], inputs(step)[2].flip(0)) for step in range(STEPS)
     ]
@@ -463,7 +465,7 @@ def test_labels_that_change_within_an_announced_generation_are_an_error() -> Non
 
 @pytest.mark.parametrize("batch", [1, 2, 6])
 def test_another_batch_than_announced_gives_the_definition_or_an_error(batch: int) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     called = [inputs(step, batch) for step in range(STEPS)]
     equal_or_loud(
         lambda: announced(model, timesteps_of(), inputs(0)[2], called),
@@ -473,7 +475,7 @@ def test_another_batch_than_announced_gives_the_definition_or_an_error(batch: in
 
 
 def test_a_batch_that_changes_within_an_announced_generation_gives_the_definition_or_an_error() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     called = [inputs(step, 4 if step < 4 else 2) for step in range(STEPS)]
     first, second = StepCaching(model), StepCaching(model)
     expected = [(first if step < 4 else second)(step, *each) for step, each in enumerate(called)]
@@ -483,7 +485,7 @@ def test_a_batch_that_changes_within_an_announced_generation_gives_the_definitio
 
 
 def test_a_wrong_announcement_does_not_hide_the_users_own_exception() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with pytest.raises(Stop):
         with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=1) as session:
             session.begin(timesteps=wrong_from_step_one(timesteps_of()), conditions={"y": inputs(0)[2]})
@@ -492,7 +494,7 @@ def test_a_wrong_announcement_does_not_hide_the_users_own_exception() -> None:
 
 
 def test_a_wrong_announcement_is_an_error_when_a_later_generation_was_right() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     with pytest.raises(fastcache.SessionError, match="timesteps"):
         with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=1) as session:
             session.begin(timesteps=wrong_from_step_one(timesteps_of()), conditions={"y": inputs(0)[2]})
@@ -503,7 +505,7 @@ def test_a_wrong_announcement_is_an_error_when_a_later_generation_was_right() ->
 
 @pytest.mark.parametrize("where", ["announced within", "announced before"])
 def test_a_right_announcement_is_accepted_under_autocast(where: str) -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     timesteps, labels = timesteps_of(), inputs(0)[2]
     autocast = torch.autocast("cpu", torch.bfloat16)
     with fastcache.accelerate(model, POLICY, STEPS) as session:
@@ -518,15 +520,15 @@ def test_a_right_announcement_is_accepted_under_autocast(where: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_right_announcement_is_accepted_in_half_precision(dtype: torch.dtype) -> None:
-    model = small_dit(dtype=dtype)
+    model = small_dit(depth=2, dtype=dtype)
     with fastcache.accelerate(model, POLICY, STEPS) as session, torch.no_grad():
         session.begin(timesteps=timesteps_of(), conditions={"y": inputs(0)[2]})
         found = [model(*inputs(step, dtype=dtype)) for step in range(STEPS)]
-    assert_equal(found, reference(small_dit(), FULL), 0.2)
+    assert_equal(found, reference(small_dit(depth=2), FULL), 0.2)
 
 
 def test_an_announcement_for_a_host_that_makes_a_condition_for_each_block_is_refused() -> None:
-    class Fading(type(small_dit())):
+    class Fading(type(small_dit(depth=2))):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             c = self.t_embedder(t) + self.y_embedder(y)
             x = self.x_embedder(x) + self.pos_embed
@@ -534,7 +536,7 @@ def test_an_announcement_for_a_host_that_makes_a_condition_for_each_block_is_ref
                 x, c = block(x, c), 0.5 * c
             return self._unpatch(self.final_layer(x, c))
 
-    model = small_dit()
+    model = small_dit(depth=2)
     model.__class__ = Fading
     called = [inputs(step) for step in range(STEPS)]
     equal_or_loud(
@@ -545,7 +547,7 @@ def test_an_announcement_for_a_host_that_makes_a_condition_for_each_block_is_ref
 
 
 def test_an_announced_generation_that_was_stopped_does_not_lend_its_modulations() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     other = [(x, t, y.flip(0)) for x, t, y in (inputs(step) for step in range(STEPS))]
     definition = StepCaching(model)
     expected = [definition(step, *each) for step, each in enumerate(other)]

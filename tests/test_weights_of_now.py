@@ -17,7 +17,7 @@ Change = Callable[[nn.Module], None]
 
 def affine_dit() -> nn.Module:
     """A small DiT whose norms have weights and biases."""
-    model = small_dit()
+    model = small_dit(depth=2)
     for block in model.blocks:
         for name in ("norm1", "norm2"):
             norm = nn.LayerNorm(32, eps=1e-6).requires_grad_(False)
@@ -49,7 +49,7 @@ def data_of_biases_written(model: nn.Module) -> None:
 
 
 def data_copied_from_an_average(model: nn.Module) -> None:
-    average = dict(small_dit(seed=7).named_parameters())
+    average = dict(small_dit(7, depth=2).named_parameters())
     for name, own in model.named_parameters():
         if name in average:
             own.data.copy_(average[name].data)
@@ -346,7 +346,7 @@ def test_a_model_that_is_offloaded_within_a_session_gives_the_same_outputs(annou
 
 
 def test_a_block_that_is_replaced_within_a_session_is_followed_or_refused() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     other = small_dit(seed=9).blocks[1]
     twin = copy.deepcopy(model)
     twin.blocks[1] = copy.deepcopy(other)
@@ -362,7 +362,7 @@ def test_a_block_that_is_replaced_within_a_session_is_followed_or_refused() -> N
 
 
 def test_a_block_that_is_added_within_a_session_is_followed_or_refused() -> None:
-    model = small_dit()
+    model = small_dit(depth=2)
     other = small_dit(seed=9).blocks[1]
     twin = copy.deepcopy(model)
     twin.blocks.append(copy.deepcopy(other))
