@@ -1,4 +1,5 @@
 """The ceiling: how fast this machine copies and reads memory, measured in the run that it judges."""
+
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,14 @@ def measure_bandwidth(device: torch.device, effort: Effort = BRIEF, caches: int 
     target = torch.empty_like(source)
     found = measure({"copy": [lambda: target.copy_(source)], "read": [source.sum]}, effort, device)
     copy, read = found["copy"], found["read"]
-    return Bandwidth(torch.get_num_threads(), nbytes, 2e-3 * nbytes / copy.median_us, 1e-3 * nbytes / read.median_us, copy, read)
+    return Bandwidth(
+        torch.get_num_threads(),
+        nbytes,
+        2e-3 * nbytes / copy.median_us,
+        1e-3 * nbytes / read.median_us,
+        copy,
+        read,
+    )
 
 
 def ceiling(bursts: list[Bandwidth], threads: int) -> float:

@@ -2,6 +2,7 @@
 
 Nothing here knows a device or a clock.
 """
+
 import enum
 import math
 from collections.abc import Sequence
@@ -167,7 +168,11 @@ class Case:
             ...-rms          as with LayerNorm
         """
         found, size = traffic(self), self.size
-        elements = found.tensors * size.elements + found.rows * size.batch * size.rows * size.channels + found.vectors * size.batch * size.channels
+        elements = (
+            found.tensors * size.elements
+            + found.rows * size.batch * size.rows * size.channels
+            + found.vectors * size.batch * size.channels
+        )
         return elements * self.dtype.itemsize + 4 * found.words
 
 
@@ -192,7 +197,13 @@ def traffic(case: Case) -> Traffic:
 def cases(sizes: Sequence[Size] = SIZES) -> list[Case]:
     """Every case: bf16 at all sizes first, small before large, then fp32."""
     dtypes = [dtype for dtype in BOTH if any(dtype in size.dtypes for size in sizes)]
-    return [Case(form, size, dtype) for dtype in dtypes for size in sizes if dtype in size.dtypes for form in size.forms]
+    return [
+        Case(form, size, dtype)
+        for dtype in dtypes
+        for size in sizes
+        if dtype in size.dtypes
+        for form in size.forms
+    ]
 
 
 FLAGSHIP = Case(Form.TRUNK, SIZES[0], torch.bfloat16)

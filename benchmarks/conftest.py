@@ -1,4 +1,5 @@
 """Set-up of the pytest-benchmark tests: no gradients, freed memory kept, and the ceiling of this machine."""
+
 from collections.abc import Iterator
 
 import pytest

@@ -1,4 +1,5 @@
 """Values before times: every contender is compared with the naive sequence in float64."""
+
 import torch
 from torch import Tensor
 
@@ -20,7 +21,11 @@ class Reference:
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
-        self._tokens = None if case.form in MIXING else _evenly(case.size.tokens, max(2, ROWS // case.size.batch), inputs.x.device)
+        self._tokens = (
+            None
+            if case.form in MIXING
+            else _evenly(case.size.tokens, max(2, ROWS // case.size.batch), inputs.x.device)
+        )
         self._slot = None if inputs.slot is None else inputs.slot.clone()
         wide = (inputs if self._tokens is None else inputs.at(self._tokens)).double()
         host = HOST_SEQUENCES[case.form]
@@ -31,9 +36,13 @@ class Reference:
         if self._slot is not None:
             self._inputs.slot.copy_(self._slot)
         found = outputs(self._case.form, self._inputs, call())
-        error = max(relative_rms(part, exact) for part, exact in zip(self._seen(found), self._exact, strict=True))
+        error = max(
+            relative_rms(part, exact) for part, exact in zip(self._seen(found), self._exact, strict=True)
+        )
         if not error <= allowed_error(self._case):
-            raise WrongValues(f"{self._case.name}: {name} is off by {error:.2e} (relative RMS against float64), allowed {allowed_error(self._case):.2e}")
+            raise WrongValues(
+                f"{self._case.name}: {name} is off by {error:.2e} (relative RMS against float64), allowed {allowed_error(self._case):.2e}"
+            )
         return error
 
     def _seen(self, found: Outputs) -> Outputs:
@@ -54,7 +63,9 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
     """RMS of the error over RMS of the exact values."""
     if found.shape != exact.shape:
         return float("inf")
-    return float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-300))
+    return float(
+        (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-300)
+    )
 
 
 def _evenly(tokens: int, count: int, device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
 """What a call costs before it moves any bytes: one term on 256 elements, and the same without FastCache."""
+
 import enum
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,11 @@ class Mode(str, enum.Enum):
 
     def context(self) -> AbstractContextManager:
         """The context manager of the mode."""
-        return {Mode.GRAD: torch.enable_grad, Mode.NO_GRAD: torch.no_grad, Mode.INFERENCE: torch.inference_mode}[self]()
+        return {
+            Mode.GRAD: torch.enable_grad,
+            Mode.NO_GRAD: torch.no_grad,
+            Mode.INFERENCE: torch.inference_mode,
+        }[self]()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """The claim to hold: the trunk of DiT-XL/2 at 256 px as one sum, on one thread."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,9 @@ class Flagship:
     verdicts: tuple[Verdict, ...]
 
 
-def measure_flagship(case: Case, device: torch.device, effort: Effort, providers: Sequence[Provider], bandwidth: Bandwidth) -> Flagship:
+def measure_flagship(
+    case: Case, device: torch.device, effort: Effort, providers: Sequence[Provider], bandwidth: Bandwidth
+) -> Flagship:
     """The case on the threads that PyTorch now has, one; `bandwidth` was measured on as many."""
     measured = measure_case(case, device, effort, providers)
     rows = tuple(row.against(bandwidth.copy_gbps) for row in measured.rows)
@@ -52,6 +55,9 @@ def measure_flagship(case: Case, device: torch.device, effort: Effort, providers
         Verdict(f"{Provider.NAIVE.value} (aim)", AIM, naive),
         Verdict(Provider.COMPILED.value, BARS[Provider.COMPILED], compiled),
     )
-    size, count = case.size, "one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+    size, count = (
+        case.size,
+        "one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads",
+    )
     title = f"{case.terms} gated {case.dtype_name} terms of [{size.batch}, {size.tokens}, {size.channels}] ({size.name}), {count}"
     return Flagship(title, rows, measured.absent, bandwidth, verdicts)

@@ -1,4 +1,5 @@
 """One case: memory guard, rotating buffers, values, times."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,9 @@ from benchmarks.timing import Effort, Timing, measure
 
 MAX_COPIES = 64
 COLD = 2  # last-level caches that the rotating buffers must exceed
-WORKING_TENSORS = 16  # float32 tensors [B, N, D] that the eager definition and the float64 check may hold at once
+WORKING_TENSORS = (
+    16  # float32 tensors [B, N, D] that the eager definition and the float64 check may hold at once
+)
 
 
 class NotMeasured(Exception):
@@ -71,7 +74,9 @@ class Measured:
 class Prepared:
     """The buffers of a case. Raises NotMeasured if they do not fit into memory."""
 
-    def __init__(self, case: Case, device: torch.device, max_copies: int = MAX_COPIES, free: int | None = None) -> None:
+    def __init__(
+        self, case: Case, device: torch.device, max_copies: int = MAX_COPIES, free: int | None = None
+    ) -> None:
         self.case, self.device = case, device
         cache = last_level_cache_bytes(device)
         needed = max(1, -(-COLD * cache // max(1, input_bytes(case))))
@@ -86,7 +91,9 @@ class Prepared:
 
     def bound(self, provider: Provider, inductor: str = "inductor") -> tuple[list[Call], float]:
         """(the call on every buffer, its error). Raises WrongValues, or NotMeasured if the contender cannot run here."""
-        return self.bound_by(provider.value, binder(provider, self.case.form, inductor), may_fail=provider is Provider.COMPILED)
+        return self.bound_by(
+            provider.value, binder(provider, self.case.form, inductor), may_fail=provider is Provider.COMPILED
+        )
 
     def bound_by(self, name: str, bind: Binder, *, may_fail: bool) -> tuple[list[Call], float]:
         """The same for any binder. may_fail: an error of the first call means that it cannot run here."""
@@ -112,7 +119,13 @@ def compile_failure(failure: Exception) -> str:
     return f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def measure_case(case: Case, device: torch.device, effort: Effort, providers: Sequence[Provider] = tuple(Provider), max_copies: int = MAX_COPIES) -> Measured:
+def measure_case(
+    case: Case,
+    device: torch.device,
+    effort: Effort,
+    providers: Sequence[Provider] = tuple(Provider),
+    max_copies: int = MAX_COPIES,
+) -> Measured:
     """Check and time every provider of a case, on the same buffers, in turns."""
     try:
         prepared = Prepared(case, device, max_copies)
@@ -125,12 +138,16 @@ def measure_case(case: Case, device: torch.device, effort: Effort, providers: Se
         except NotMeasured as reason:
             absent.append(Absence(case.name, provider.value, str(reason)))
     timings = measure(calls, effort, device)
-    return Measured(tuple(_row(prepared, provider, timings, errors[provider]) for provider in calls), tuple(absent))
+    return Measured(
+        tuple(_row(prepared, provider, timings, errors[provider]) for provider in calls), tuple(absent)
+    )
 
 
 def _row(prepared: Prepared, provider: Provider, timings: dict[Provider, Timing], error: float) -> Row:
     case, own = prepared.case, timings[provider]
-    ratio: Callable[[Provider], float | None] = lambda other: timings[other].median_us / own.median_us if other in timings else None  # noqa: E731
+    ratio: Callable[[Provider], float | None] = lambda other: (
+        timings[other].median_us / own.median_us if other in timings else None
+    )  # noqa: E731
     return Row(
         case=case.name,
         form=case.form.value,

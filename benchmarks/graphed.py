@@ -2,6 +2,7 @@
 
 On a CPU there is no graph, and a replay runs the calls; that serves rehearsals, not measurements.
 """
+
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,10 @@ def measure_replays(replays: Mapping[str, Replay], effort: Effort, device: torch
 
 def scaled(timing: Timing, calls: int) -> Timing:
     """Of one of `calls` calls."""
-    return replace(timing, **{name: getattr(timing, name) / calls for name in ("median_us", "p10_us", "p90_us", "best_us")})
+    return replace(
+        timing,
+        **{name: getattr(timing, name) / calls for name in ("median_us", "p10_us", "p90_us", "best_us")},
+    )
 
 
 def host_us(calls: Sequence[Call], device: torch.device) -> float:

@@ -5,6 +5,7 @@ torch.compile gets these. `best_*` use the fused calls of PyTorch that a careful
 Shapes: x, features, slot [B, N, D]; gate, shift, scale [B, D]; indices [B, K]. What is computed is in
 `cases.MEANINGS`. All return new tensors and leave their arguments alone, a `slot` excepted.
 """
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,12 +71,16 @@ def best_modulate_rms(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
     return (torch.addcmul(shift[:, None], F.rms_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None]),)
 
 
-def naive_update_modulate_rms(x: Tensor, feature: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+def naive_update_modulate_rms(
+    x: Tensor, feature: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> Outputs:
     (x,) = naive_update(x, feature, gate)
     return (x, *naive_modulate_rms(x, shift, scale))
 
 
-def best_update_modulate_rms(x: Tensor, feature: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+def best_update_modulate_rms(
+    x: Tensor, feature: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> Outputs:
     (x,) = best_update(x, feature, gate)
     return (x, *best_modulate_rms(x, shift, scale))
 
@@ -90,13 +95,31 @@ def best_store(x: Tensor, slot: Tensor, fresh: Tensor, gate: Tensor) -> Outputs:
     return best_update(x, fresh, gate)
 
 
-def naive_refresh(x: Tensor, slot: Tensor, fresh: Tensor, fresh_index: Tensor, row_index: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+def naive_refresh(
+    x: Tensor,
+    slot: Tensor,
+    fresh: Tensor,
+    fresh_index: Tensor,
+    row_index: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+) -> Outputs:
     slot.scatter_(1, _columns(fresh_index, x), fresh)
     (x,) = naive_update(x, slot, gate)
     return (x, *naive_modulate(x.gather(1, _columns(row_index, x)), shift, scale))
 
 
-def best_refresh(x: Tensor, slot: Tensor, fresh: Tensor, fresh_index: Tensor, row_index: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+def best_refresh(
+    x: Tensor,
+    slot: Tensor,
+    fresh: Tensor,
+    fresh_index: Tensor,
+    row_index: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+) -> Outputs:
     slot.scatter_(1, _columns(fresh_index, x), fresh)
     (x,) = best_update(x, slot, gate)
     return (x, *best_modulate(x.gather(1, _columns(row_index, x)), shift, scale))
@@ -125,7 +148,11 @@ def naive_errors(feature: Tensor, reference: Tensor) -> Outputs:
 def best_errors(feature: Tensor, reference: Tensor) -> Outputs:
     """One temporary for all; `torch.linalg.vector_norm(..., 1)` moves fewer bytes and is five times slower on a CPU."""
     part = torch.sub(feature, reference)
-    sums = [part.abs_().sum((1, 2)), torch.abs(feature, out=part).sum((1, 2)), torch.abs(reference, out=part).sum((1, 2))]
+    sums = [
+        part.abs_().sum((1, 2)),
+        torch.abs(feature, out=part).sum((1, 2)),
+        torch.abs(reference, out=part).sum((1, 2)),
+    ]
     return (torch.stack(sums, dim=1),)
 
 
@@ -147,13 +174,23 @@ _FORECAST = HostSequence(lambda i: (i.x, i.features, i.gate, i.distance), naive_
 HOST_SEQUENCES = {
     Form.TRUNK: HostSequence(lambda i: (i.x, i.features, i.gates), naive_trunk, best_trunk),
     Form.UPDATE: HostSequence(lambda i: (i.x, i.features[0], i.gate), naive_update, best_update),
-    Form.UPDATE_MODULATE: HostSequence(lambda i: (i.x, i.features[0], i.gate, i.shift, i.scale), naive_update_modulate, best_update_modulate),
+    Form.UPDATE_MODULATE: HostSequence(
+        lambda i: (i.x, i.features[0], i.gate, i.shift, i.scale), naive_update_modulate, best_update_modulate
+    ),
     Form.MODULATE: HostSequence(lambda i: (i.x, i.shift, i.scale), naive_modulate, best_modulate),
     Form.STORE: HostSequence(lambda i: (i.x, i.slot, i.fresh, i.gate), naive_store, best_store),
-    Form.REFRESH: HostSequence(lambda i: (i.x, i.slot, i.fresh, i.fresh_index, i.row_index, i.gate, i.shift, i.scale), naive_refresh, best_refresh),
+    Form.REFRESH: HostSequence(
+        lambda i: (i.x, i.slot, i.fresh, i.fresh_index, i.row_index, i.gate, i.shift, i.scale),
+        naive_refresh,
+        best_refresh,
+    ),
     Form.FORECAST_2: _FORECAST,
     Form.FORECAST_4: _FORECAST,
-    Form.UPDATE_MODULATE_RMS: HostSequence(lambda i: (i.x, i.features[0], i.gate, i.shift, i.scale), naive_update_modulate_rms, best_update_modulate_rms),
+    Form.UPDATE_MODULATE_RMS: HostSequence(
+        lambda i: (i.x, i.features[0], i.gate, i.shift, i.scale),
+        naive_update_modulate_rms,
+        best_update_modulate_rms,
+    ),
     Form.MODULATE_RMS: HostSequence(lambda i: (i.x, i.shift, i.scale), naive_modulate_rms, best_modulate_rms),
     Form.ERRORS: HostSequence(lambda i: (i.features[0], i.reference), naive_errors, best_errors),
 }

@@ -1,4 +1,5 @@
 """The tensors of a case."""
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,13 +59,23 @@ class Inputs:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors [B, N, D] and [B, K, D]."""
-        streams = {id(tensor): tensor for tensor in (self.x, *self.features, self.slot, self.fresh, self.reference) if tensor is not None}
+        streams = {
+            id(tensor): tensor
+            for tensor in (self.x, *self.features, self.slot, self.fresh, self.reference)
+            if tensor is not None
+        }
         return sum(tensor.numel() * tensor.element_size() for tensor in streams.values())
 
     def at(self, tokens: Tensor) -> "Inputs":
         """The same call on these tokens only; for forms in which every token is on its own."""
         take = lambda tensor: None if tensor is None else tensor[:, tokens]  # noqa: E731
-        return replace(self, x=take(self.x), features=tuple(map(take, self.features)), slot=take(self.slot), fresh=take(self.fresh))
+        return replace(
+            self,
+            x=take(self.x),
+            features=tuple(map(take, self.features)),
+            slot=take(self.slot),
+            fresh=take(self.fresh),
+        )
 
     def double(self) -> "Inputs":
         """The same call in float64, on copies."""
@@ -87,16 +98,23 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         return replace(inputs, slot=source.tensor(), fresh=source.tensor())
     if case.form is Form.REFRESH:
         fresh_index, row_index = source.tokens(), source.tokens()
-        maps = {"fresh_slots": slot_map(fresh_index, size.tokens).slots, "row_slots": slot_map(row_index, size.tokens).slots}
+        maps = {
+            "fresh_slots": slot_map(fresh_index, size.tokens).slots,
+            "row_slots": slot_map(row_index, size.tokens).slots,
+        }
         fresh = source.tensor()[:, : size.rows].contiguous()
-        return replace(inputs, slot=source.tensor(), fresh=fresh, fresh_index=fresh_index, row_index=row_index, **maps)
+        return replace(
+            inputs, slot=source.tensor(), fresh=fresh, fresh_index=fresh_index, row_index=row_index, **maps
+        )
     if case.form in (Form.MODULATE, Form.MODULATE_RMS):
         return inputs
     inputs = replace(inputs, features=tuple(source.tensor() for _ in range(J)))
     if case.form.forecasts:
         orders = torch.arange(J, device=device)
         factorials = torch.cumprod(orders.clamp(min=1), 0)
-        return replace(inputs, weights=(torch.full_like(orders, inputs.distance) ** orders / factorials).float())
+        return replace(
+            inputs, weights=(torch.full_like(orders, inputs.distance) ** orders / factorials).float()
+        )
     return inputs
 
 

@@ -1,4 +1,5 @@
 """The machine: its caches and memory, what is kept equal for all contenders, and what a report says of it."""
+
 import ctypes
 import os
 import sys
@@ -59,7 +60,9 @@ def last_level_cache_bytes(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).L2_cache_size
     units = {"K": 1 << 10, "M": 1 << 20}
     texts = [path.read_text().strip() for path in CACHE_FOLDER.glob("index*/size")]
-    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=UNKNOWN_CACHE)
+    return max(
+        (int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=UNKNOWN_CACHE
+    )
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,4 +1,5 @@
 """What limits a cached step: arithmetic, weights, or the stream, each from the plan and from what the run measured."""
+
 import statistics
 
 from benchmarks.methods import UNCACHED, Floors, Method, ModelSize
@@ -9,19 +10,41 @@ from fastcache.schedule import Kind, Layout, StepPlan, full_step
 WIDTH = 4  # bytes of a float32
 
 
-def floors_of(size: ModelSize, method: Method | None, full_ms: float, copy_gbps: float, read_gbps: float, *, modulated: bool) -> dict[str, Floors]:
+def floors_of(
+    size: ModelSize,
+    method: Method | None,
+    full_ms: float,
+    copy_gbps: float,
+    read_gbps: float,
+    *,
+    modulated: bool,
+) -> dict[str, Floors]:
     """By kind of step, medians over its steps. modulated: the step computes its own modulation (no table)."""
     layout = recognise(DiT.from_config(size.config)).layout()
     plans = {UNCACHED: [full_step(layout)]} if method is None else {}
     for step in () if method is None else method.policy(size.steps).schedule(size.steps, layout).steps:
         plans.setdefault(step.kind, []).append(step)
-    return {kind: _median([step_floors(step, size.batch, full_ms, copy_gbps, read_gbps, modulated=modulated) for step in found]) for kind, found in plans.items()}
+    return {
+        kind: _median(
+            [
+                step_floors(step, size.batch, full_ms, copy_gbps, read_gbps, modulated=modulated)
+                for step in found
+            ]
+        )
+        for kind, found in plans.items()
+    }
 
 
-def step_floors(step: StepPlan, batch: int, full_ms: float, copy_gbps: float, read_gbps: float, *, modulated: bool) -> Floors:
+def step_floors(
+    step: StepPlan, batch: int, full_ms: float, copy_gbps: float, read_gbps: float, *, modulated: bool
+) -> Floors:
     """Of one step."""
     arithmetic = full_ms * step.flops(batch) / full_step(step.layout).flops(batch)
-    return Floors(arithmetic, 1e-6 * weight_bytes(step, modulated=modulated) / read_gbps, 1e-6 * stream_bytes(step, batch) / copy_gbps)
+    return Floors(
+        arithmetic,
+        1e-6 * weight_bytes(step, modulated=modulated) / read_gbps,
+        1e-6 * stream_bytes(step, batch) / copy_gbps,
+    )
 
 
 def ridge_rows(size: ModelSize, full_ms: float, read_gbps: float) -> float:
@@ -33,7 +56,11 @@ def ridge_rows(size: ModelSize, full_ms: float, read_gbps: float) -> float:
 def weight_bytes(step: StepPlan, *, modulated: bool) -> int:
     """Weights of every body that runs, whatever the number of its tokens, and of the modulations; 2 FLOPs a weight and token."""
     layout, blocks = step.layout, step.run_blocks
-    bodies = sum(branch.flops_per_token // 2 for action, branch in zip(step.actions, layout.branches, strict=True) if action.kind is Kind.COMPUTE or (action.kind is Kind.REFRESH and action.tokens and not step.skip))
+    bodies = sum(
+        branch.flops_per_token // 2
+        for action, branch in zip(step.actions, layout.branches, strict=True)
+        if action.kind is Kind.COMPUTE or (action.kind is Kind.REFRESH and action.tokens and not step.skip)
+    )
     return WIDTH * (bodies + (layout.modulation_flops // 2 * len(blocks) if modulated else 0))
 
 
@@ -56,4 +83,9 @@ def stream_bytes(step: StepPlan, batch: int) -> int:
 
 
 def _median(found: list[Floors]) -> Floors:
-    return Floors(*(statistics.median(getattr(one, name) for one in found) for name in ("arithmetic", "weights", "stream")))
+    return Floors(
+        *(
+            statistics.median(getattr(one, name) for one in found)
+            for name in ("arithmetic", "weights", "stream")
+        )
+    )

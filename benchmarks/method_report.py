@@ -1,4 +1,5 @@
 """Tables of the part `methods`: speedups against what FLOPs promise, and what the steps between full ones wait for."""
+
 from collections.abc import Sequence
 
 from benchmarks.methods import UNCACHED, KindRow, MethodRow
@@ -11,9 +12,33 @@ def method_sections(rows: Sequence[MethodRow]) -> list[str]:
     """Generations, then kinds of steps."""
     if not rows:
         return []
-    headings = ("model", "method", "way", "plan", "generation ms", "typical ms", "begin ms", "measured x", "ideal x", "measured / ideal", "error")
+    headings = (
+        "model",
+        "method",
+        "way",
+        "plan",
+        "generation ms",
+        "typical ms",
+        "begin ms",
+        "measured x",
+        "ideal x",
+        "measured / ideal",
+        "error",
+    )
     cells = [
-        (row.model, row.method, row.way, row.plan, milliseconds(row.generation), f"{row.typical_us / 1e3:.2f}", milliseconds(row.begin), times(row.speedup), times(row.ideal), times(row.quotient), "-" if row.error is None else f"{row.error:.0e}")
+        (
+            row.model,
+            row.method,
+            row.way,
+            row.plan,
+            milliseconds(row.generation),
+            f"{row.typical_us / 1e3:.2f}",
+            milliseconds(row.begin),
+            times(row.speedup),
+            times(row.ideal),
+            times(row.quotient),
+            "-" if row.error is None else f"{row.error:.0e}",
+        )
         for row in rows
     ]
     return [
@@ -28,7 +53,20 @@ def method_sections(rows: Sequence[MethodRow]) -> list[str]:
 
 def _steps(rows: Sequence[MethodRow]) -> list[str]:
     full = {row.model: row.kinds[0].timing.median_us for row in rows if row.method == UNCACHED}
-    headings = ("model", "method", "way", "step", "steps", "ms", "operators", "of uncached", "arithmetic", "weights", "stream", "limited by")
+    headings = (
+        "model",
+        "method",
+        "way",
+        "step",
+        "steps",
+        "ms",
+        "operators",
+        "of uncached",
+        "arithmetic",
+        "weights",
+        "stream",
+        "limited by",
+    )
     cells = [
         (row.model, row.method, row.way, kind.kind, kind.steps, milliseconds(kind.timing), kind.operators, f"{kind.timing.median_us / full[row.model]:.2f}", *_floors(kind))
         for row in rows for kind in row.kinds

@@ -2,6 +2,7 @@
 
 None of their code was read: each is written from the equations and operator sequences of the specification.
 """
+
 import abc
 from types import MethodType, TracebackType
 
@@ -23,7 +24,9 @@ class Original(abc.ABC):
             block.forward = MethodType(self._forward(number), block)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for block in self._blocks:
             del block.forward
         self.clear()

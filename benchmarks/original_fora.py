@@ -3,6 +3,7 @@
 Written from the equations (spec section 1; Selvaraju et al., "FORA: Fast-Forward Caching in
 Diffusion Transformer Acceleration"), in the op sequence of the host's own block.
 """
+
 from collections.abc import Collection
 
 from torch import Tensor

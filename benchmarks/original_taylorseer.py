@@ -3,6 +3,7 @@
 Written from spec section 6 (Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models
 with TaylorSeers"). A forecast of order 4 takes 17 operators a module, and the block's modulation is computed in full.
 """
+
 import math
 from collections.abc import Collection
 

@@ -9,6 +9,7 @@ scatters the result.
 Left out, in the baseline's favour: the originals evaluate the kind of a step and the share of tokens
 again in every block, on 0-dim CPU tensors (7 of the 42 operators that the specification counts).
 """
+
 import math
 
 import torch
@@ -29,9 +30,14 @@ class OriginalToCa(Original):
     def __init__(self, model: DiT, schedule: Schedule) -> None:
         super().__init__(model)
         if schedule.selection is None or schedule.selection.score not in SCORES:
-            raise ValueError(f"schedule: expected one of ToCa or DuCa with cache_type {' or '.join(score.value for score in SCORES)}, got {schedule.policy}({schedule.fields})")
+            raise ValueError(
+                f"schedule: expected one of ToCa or DuCa with cache_type {' or '.join(score.value for score in SCORES)}, got {schedule.policy}({schedule.fields})"
+            )
         self._schedule, self._selection = schedule, schedule.selection
-        self._mlp_index = [next(index for index, branch in schedule.layout.branches_of(number) if branch.name == "mlp") for number in range(len(self._blocks))]
+        self._mlp_index = [
+            next(index for index, branch in schedule.layout.branches_of(number) if branch.name == "mlp")
+            for number in range(len(self._blocks))
+        ]
         self._features: dict[tuple[int, str], Tensor] = {}
         self._taken: dict[int, Tensor] = {}  # by block: attention map [B, N, N], or value norms [B, H, N]
         self._counts: dict[int, Tensor] = {}
@@ -55,7 +61,9 @@ class OriginalToCa(Original):
 
     def _full(self, number: int, block: Block, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
-        attended, self._taken[number] = attention_and_score(block.attn, modulate(block.norm1(x), shift1, scale1), self._selection.score)
+        attended, self._taken[number] = attention_and_score(
+            block.attn, modulate(block.norm1(x), shift1, scale1), self._selection.score
+        )
         self._features[number, "attn"] = attended
         x = x + gate1[:, None] * attended
         feature = self._features[number, "mlp"] = block.mlp(modulate(block.norm2(x), shift2, scale2))
@@ -65,7 +73,13 @@ class OriginalToCa(Original):
     def _partial(self, number: int, block: Block, x: Tensor, c: Tensor, tokens: int) -> Tensor:
         _, _, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self._features[number, "attn"]
-        chosen = choose(base_score(self._taken[number], self._selection.score), self._counts[number], tokens, self._selection, self._schedule.fields)
+        chosen = choose(
+            base_score(self._taken[number], self._selection.score),
+            self._counts[number],
+            tokens,
+            self._selection,
+            self._schedule.fields,
+        )
         columns = chosen[..., None].expand(-1, -1, x.shape[-1])
         fresh = block.mlp(modulate(block.norm2(x.gather(1, columns)), shift2, scale2))
         feature = self._features[number, "mlp"].scatter_(1, columns, fresh.to(x.dtype))
@@ -75,7 +89,12 @@ class OriginalToCa(Original):
 def attention_and_score(attention: Attention, h: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     """(output, what scores are computed from): the map's mean over heads, or the values' norms beside flash attention."""
     batch, tokens, channels = h.shape
-    q, k, v = attention.qkv(h).view(batch, tokens, 3, attention.num_heads, channels // attention.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (
+        attention.qkv(h)
+        .view(batch, tokens, 3, attention.num_heads, channels // attention.num_heads)
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
     if score is Score.KV_NORM:
         attended, taken = F.scaled_dot_product_attention(q, k, v), v.norm(dim=-1)
     else:
@@ -105,7 +124,11 @@ def with_bonus(score: Tensor, cell: int, bonus: float) -> Tensor:
     """[B, N] in which the best token of every cell x cell square has gained bonus times its own score."""
     batch, tokens = score.shape
     lines = math.isqrt(tokens) // cell
-    cells = score.view(batch, lines, cell, lines, cell).permute(0, 1, 3, 2, 4).reshape(batch, lines * lines, cell * cell)
+    cells = (
+        score.view(batch, lines, cell, lines, cell)
+        .permute(0, 1, 3, 2, 4)
+        .reshape(batch, lines * lines, cell * cell)
+    )
     best, where = cells.max(dim=-1, keepdim=True)
     cells = cells + torch.zeros_like(cells).scatter_(-1, where, bonus * best)
     return cells.view(batch, lines, lines, cell, cell).permute(0, 1, 3, 2, 4).reshape(batch, tokens)

@@ -1,4 +1,5 @@
 """Who computes a form: the host's own sequence, eager PyTorch at its best, torch.compile, and FastCache."""
+
 import enum
 from collections.abc import Callable
 from functools import partial
@@ -77,7 +78,18 @@ def _store(i: Inputs) -> Callable[[], ResidualUpdate]:
 
 def _refresh(i: Inputs) -> Callable[[], ResidualUpdate]:
     rows = {"row_slots": i.row_slots, "row_count": i.row_index.shape[1]}
-    return partial(residual_update_scatter_, i.x, i.slot, i.fresh, i.fresh_slots, gates=i.gate, norm=Norm.LAYER, shift=i.shift, scale=i.scale, **rows)
+    return partial(
+        residual_update_scatter_,
+        i.x,
+        i.slot,
+        i.fresh,
+        i.fresh_slots,
+        gates=i.gate,
+        norm=Norm.LAYER,
+        shift=i.shift,
+        scale=i.scale,
+        **rows,
+    )
 
 
 def _forecast(i: Inputs) -> Callable[[], ResidualUpdate]:

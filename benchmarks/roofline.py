@@ -1,4 +1,5 @@
 """The picture: bytes of every case against achieved GB/s, under the copy ceiling."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cases import Form
 from benchmarks.providers import Provider
-
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Point(Protocol):
     gbps: float
 
 
-def draw_roofline(rows: Sequence[Point], copy_gbps: float, read_gbps: float, subtitle: str, path: Path) -> None:
+def draw_roofline(
+    rows: Sequence[Point], copy_gbps: float, read_gbps: float, subtitle: str, path: Path
+) -> None:
     """One panel per form. Lines join the sizes of one contender: solid bf16, dotted fp32."""
     forms = [form for form in Form if any(row.form == form.value for row in rows)]
     columns = min(3, max(1, len(forms)))
@@ -62,7 +64,14 @@ def draw_roofline(rows: Sequence[Point], copy_gbps: float, read_gbps: float, sub
         axis.set_visible(False)
     figure.suptitle(f"Least bytes of a form over its median time\n{subtitle}", fontsize=11)
     figure.supylabel("achieved GB/s", fontsize=10)
-    figure.legend(handles=_legend(rows, copy_gbps, read_gbps), loc="outside lower center", ncols=9, fontsize=8, frameon=False, columnspacing=1.2)
+    figure.legend(
+        handles=_legend(rows, copy_gbps, read_gbps),
+        loc="outside lower center",
+        ncols=9,
+        fontsize=8,
+        frameon=False,
+        columnspacing=1.2,
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -78,11 +87,22 @@ def _panel(axis: Axes, rows: Sequence[Point], form: Form, copy_gbps: float, read
     for provider in present(rows):
         look = LOOKS.get(provider, OTHER)
         for dtype, style in STYLES.items():
-            found = sorted((row.bytes / 1e6, row.gbps) for row in rows if row.provider == provider and row.dtype == dtype)
+            found = sorted(
+                (row.bytes / 1e6, row.gbps) for row in rows if row.provider == provider and row.dtype == dtype
+            )
             if found:
                 fill = look.colour if dtype == "bf16" else "white"
                 front = 3 if look.ours else 2
-                axis.plot(*zip(*found), style, marker=look.marker, color=look.colour, markerfacecolor=fill, markersize=5, linewidth=1.4, zorder=front)
+                axis.plot(
+                    *zip(*found),
+                    style,
+                    marker=look.marker,
+                    color=look.colour,
+                    markerfacecolor=fill,
+                    markersize=5,
+                    linewidth=1.4,
+                    zorder=front,
+                )
     axis.axhline(copy_gbps, color="black", linewidth=1.1)
     axis.axhline(read_gbps, color="black", linewidth=0.9, linestyle="--")
     axis.set_title(f"{form.value}\n", fontsize=10, loc="left", fontweight="bold")
@@ -91,14 +111,26 @@ def _panel(axis: Axes, rows: Sequence[Point], form: Form, copy_gbps: float, read
     axis.grid(True, which="both", linewidth=0.3, color="#cccccc")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""))
+    axis.yaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
+    )
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(which="both", labelsize=8, labelbottom=True, labelleft=True)
 
 
 def _legend(rows: Sequence[Point], copy_gbps: float, read_gbps: float) -> list[Line2D]:
     looks = {provider: LOOKS.get(provider, OTHER) for provider in present(rows)}
-    contenders = [Line2D([], [], color=look.colour, marker=look.marker, label=provider) for provider, look in looks.items()]
-    dtypes = [Line2D([], [], color="#555555", linestyle=style, label=dtype) for dtype, style in STYLES.items() if any(row.dtype == dtype for row in rows)]
-    lines = [Line2D([], [], color="black", label=f"copy, {copy_gbps:.1f}"), Line2D([], [], color="black", linestyle="--", label=f"read, {read_gbps:.1f}")]
+    contenders = [
+        Line2D([], [], color=look.colour, marker=look.marker, label=provider)
+        for provider, look in looks.items()
+    ]
+    dtypes = [
+        Line2D([], [], color="#555555", linestyle=style, label=dtype)
+        for dtype, style in STYLES.items()
+        if any(row.dtype == dtype for row in rows)
+    ]
+    lines = [
+        Line2D([], [], color="black", label=f"copy, {copy_gbps:.1f}"),
+        Line2D([], [], color="black", linestyle="--", label=f"read, {read_gbps:.1f}"),
+    ]
     return contenders + dtypes + lines

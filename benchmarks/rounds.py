@@ -1,4 +1,5 @@
 """One contender under pytest-benchmark, on rotating buffers."""
+
 import itertools
 import time
 
@@ -12,7 +13,9 @@ from benchmarks.providers import Provider
 SECONDS, LEAST, MOST = 1.0, 5, 100
 
 
-def benchmark_provider(benchmark: BenchmarkFixture, prepared: Prepared, provider: Provider, bandwidth: Bandwidth) -> None:
+def benchmark_provider(
+    benchmark: BenchmarkFixture, prepared: Prepared, provider: Provider, bandwidth: Bandwidth
+) -> None:
     """Check the values, then time; bytes, GB/s and share of the copy bandwidth go into `extra_info`."""
     case = prepared.case
     try:
@@ -24,8 +27,15 @@ def benchmark_provider(benchmark: BenchmarkFixture, prepared: Prepared, provider
     rounds = min(MOST, max(LEAST, int(SECONDS / (time.perf_counter() - begun))))
     turns = itertools.cycle(calls)
     benchmark.group = case.name
-    benchmark.pedantic(lambda call: call(), setup=lambda: ((next(turns),), {}), rounds=rounds, warmup_rounds=1)
-    benchmark.extra_info |= {"bytes": case.min_bytes, "cache": prepared.cache, "buffers": len(calls), "error": error}
+    benchmark.pedantic(
+        lambda call: call(), setup=lambda: ((next(turns),), {}), rounds=rounds, warmup_rounds=1
+    )
+    benchmark.extra_info |= {
+        "bytes": case.min_bytes,
+        "cache": prepared.cache,
+        "buffers": len(calls),
+        "error": error,
+    }
     if benchmark.stats is not None:  # None under --benchmark-disable
         gbps = 1e-9 * case.min_bytes / benchmark.stats.stats.median
         benchmark.extra_info |= {"gbps": gbps, "share_of_copy": gbps / bandwidth.copy_gbps}

@@ -1,7 +1,8 @@
 """Measure everything and write bench.json, bench.md and roofline.png.
 
-    python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|operators|tokens|methods] [--quick]
+python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|operators|tokens|methods] [--quick]
 """
+
 import argparse
 import time
 from collections.abc import Sequence
@@ -58,15 +59,42 @@ class Programme:
 
 FULL = Programme()
 _ONCE = Effort(0.0, 3, 3)
-QUICK = Programme((TINY,), Case(Form.TRUNK, TINY, torch.bfloat16), (TINY_SESSION,), tuple(p for p in Provider if p is not Provider.COMPILED), *[_ONCE] * 5, seconds=60.0, caches=1, max_copies=2, dispatch_calls=20, token_sizes=(TINY_TOKENS,), tokens=_ONCE, operator_cases=tuple(operator_cases((24,), (24,), 64, 4, 2)), operators=_ONCE, model_sizes=(TINY_MODEL,), methods=Effort(0.0, 2, 2))
+QUICK = Programme(
+    (TINY,),
+    Case(Form.TRUNK, TINY, torch.bfloat16),
+    (TINY_SESSION,),
+    tuple(p for p in Provider if p is not Provider.COMPILED),
+    *[_ONCE] * 5,
+    seconds=60.0,
+    caches=1,
+    max_copies=2,
+    dispatch_calls=20,
+    token_sizes=(TINY_TOKENS,),
+    tokens=_ONCE,
+    operator_cases=tuple(operator_cases((24,), (24,), 64, 4, 2)),
+    operators=_ONCE,
+    model_sizes=(TINY_MODEL,),
+    methods=Effort(0.0, 2, 2),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure FastCache against eager PyTorch and torch.compile.")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for bench.json, bench.md and roofline.png")
-    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part only (may be given again)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, without torch.compile: shows that everything runs, and measures nothing")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Measure FastCache against eager PyTorch and torch.compile.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/bench"), help="folder for bench.json, bench.md and roofline.png"
+    )
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="measure this part only (may be given again)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, without torch.compile: shows that everything runs, and measures nothing",
+    )
     options = parser.parse_args(arguments)
     report = run(QUICK if options.quick else FULL, tuple(options.only or PARTS), quick=options.quick)
     write_report(report, options.out)
@@ -78,10 +106,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = False, device: torch.device = torch.device("cpu")) -> Report:
+def run(
+    programme: Programme,
+    parts: Sequence[str] = PARTS,
+    *,
+    quick: bool = False,
+    device: torch.device = torch.device("cpu"),
+) -> Report:
     """Measure the parts; the copy bandwidth before and after the forms."""
     begun, at_start = time.perf_counter(), machine(device)
-    flagship, dispatch, session, rows, absent, blocks, choices, methods, operators = None, (), (), (), (), (), (), (), ()
+    flagship, dispatch, session, rows, absent, blocks, choices, methods, operators = (
+        None,
+        (),
+        (),
+        (),
+        (),
+        (),
+        (),
+        (),
+        (),
+    )
     with kept_heap() as heap_kept:
         say("copy bandwidth")
         bursts = [measure_bandwidth(device, programme.bandwidth, programme.caches)]
@@ -89,37 +133,77 @@ def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = Fal
             say("flagship: 56 terms, one thread")
             with threads(1):
                 bandwidth = measure_bandwidth(device, programme.bandwidth, programme.caches)
-                flagship = measure_flagship(programme.flagship, device, programme.flagship_effort, programme.providers, bandwidth)
+                flagship = measure_flagship(
+                    programme.flagship, device, programme.flagship_effort, programme.providers, bandwidth
+                )
         if "dispatch" in parts:
             say("dispatch")
             dispatch = measure_dispatch(device, programme.dispatch, programme.dispatch_calls)
         if "session" in parts:
-            session = measure_session(programme.session, programme.session_sizes, lambda name: say(f"session: {name}"))
+            session = measure_session(
+                programme.session, programme.session_sizes, lambda name: say(f"session: {name}")
+            )
         if "operators" in parts:
-            operators, missing = measure_operators(programme.operator_cases, device, programme.operators, programme.providers, say)
+            operators, missing = measure_operators(
+                programme.operator_cases, device, programme.operators, programme.providers, say
+            )
             absent = (*absent, *missing)
         if "forms" in parts:
             rows, missing = measure_forms(programme, device, begun + programme.seconds)
             absent = (*absent, *missing)
             bursts.append(measure_bandwidth(device, programme.bandwidth, programme.caches))
         if "tokens" in parts:
-            blocks, choices, missing = measure_tokens(block_cases(programme.token_sizes), choice_cases(programme.token_sizes), device, programme.tokens, programme.providers, programme.max_copies, say)
+            blocks, choices, missing = measure_tokens(
+                block_cases(programme.token_sizes),
+                choice_cases(programme.token_sizes),
+                device,
+                programme.tokens,
+                programme.providers,
+                programme.max_copies,
+                say,
+            )
             absent = (*absent, *missing)
         if "methods" in parts:
             methods = measure_methods(programme.methods, programme.model_sizes, say=say)
     copy_gbps = ceiling(bursts, torch.get_num_threads())
-    rows, blocks, choices = (tuple(row.against(copy_gbps) for row in found) for found in (rows, blocks, choices))
+    rows, blocks, choices = (
+        tuple(row.against(copy_gbps) for row in found) for found in (rows, blocks, choices)
+    )
     methods = with_floors(methods, copy_gbps, max(burst.read_gbps for burst in bursts), programme.model_sizes)
-    return Report(at_start, quick, heap_kept, time.perf_counter() - begun, load(), tuple(bursts), flagship, rows, absent, dispatch, session, blocks, choices, methods, operators)
+    return Report(
+        at_start,
+        quick,
+        heap_kept,
+        time.perf_counter() - begun,
+        load(),
+        tuple(bursts),
+        flagship,
+        rows,
+        absent,
+        dispatch,
+        session,
+        blocks,
+        choices,
+        methods,
+        operators,
+    )
 
 
-def measure_forms(programme: Programme, device: torch.device, deadline: float) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:
+def measure_forms(
+    programme: Programme, device: torch.device, deadline: float
+) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:
     """Every case that begins before `deadline`, a reading of time.perf_counter."""
     rows, absent = [], []
     found = cases(programme.sizes)
     for number, case in enumerate(found, start=1):
         if time.perf_counter() > deadline:
-            absent.append(Absence(case.name, None, f"the wall-time budget of the run, {programme.seconds:.0f} s, was used up"))
+            absent.append(
+                Absence(
+                    case.name,
+                    None,
+                    f"the wall-time budget of the run, {programme.seconds:.0f} s, was used up",
+                )
+            )
             continue
         measured = measure_case(case, device, programme.forms, programme.providers, programme.max_copies)
         rows += measured.rows

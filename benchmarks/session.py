@@ -1,4 +1,5 @@
 """What a step costs: a DiT uncached, under FORA as its original does it, and under `accelerate`."""
+
 import enum
 import statistics
 import time
@@ -51,10 +52,29 @@ class SessionSize:
 
 
 SESSION_SIZES = (
-    SessionSize("Glyph DiT B2", DiTConfig(input_size=32, patch_size=4, in_channels=3, hidden_size=160, depth=12, num_heads=5, num_classes=36, learn_sigma=False)),
-    SessionSize("DiT-B/2 B2", DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=12, num_heads=12)),
+    SessionSize(
+        "Glyph DiT B2",
+        DiTConfig(
+            input_size=32,
+            patch_size=4,
+            in_channels=3,
+            hidden_size=160,
+            depth=12,
+            num_heads=5,
+            num_classes=36,
+            learn_sigma=False,
+        ),
+    ),
+    SessionSize(
+        "DiT-B/2 B2",
+        DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=12, num_heads=12),
+    ),
 )
-TINY_SESSION = SessionSize("Tiny DiT", DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4), steps=4)
+TINY_SESSION = SessionSize(
+    "Tiny DiT",
+    DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4),
+    steps=4,
+)
 
 
 @dataclass(frozen=True)
@@ -88,9 +108,24 @@ class Samples:
         """What the report shows."""
         timing = lambda samples: Timing.of(samples) if samples else None  # noqa: E731
         kinds = [step in size.full_steps or way is Way.UNCACHED for step in range(size.steps)]
-        by_kind = {kind: [count for count, full in zip(operators, kinds) if full is kind] for kind in (True, False)}
-        ops_full, ops_reuse = (int(statistics.median(by_kind[kind])) if by_kind[kind] else None for kind in (True, False))
-        return SessionRow(size.name, size.plan, way.value, timing(self.full), timing(self.reuse), timing(self.begin), timing(self.generation), ops_full, ops_reuse, error)
+        by_kind = {
+            kind: [count for count, full in zip(operators, kinds) if full is kind] for kind in (True, False)
+        }
+        ops_full, ops_reuse = (
+            int(statistics.median(by_kind[kind])) if by_kind[kind] else None for kind in (True, False)
+        )
+        return SessionRow(
+            size.name,
+            size.plan,
+            way.value,
+            timing(self.full),
+            timing(self.reuse),
+            timing(self.begin),
+            timing(self.generation),
+            ops_full,
+            ops_reuse,
+            error,
+        )
 
 
 @dataclass(frozen=True)
@@ -144,12 +179,22 @@ class Run:
             with OriginalFORA(self.model, self.size.full_steps) as original:
                 yield original
         else:
-            with accelerate(self.model, FORA(interval=self.size.interval), self.size.steps, calls_per_step=1, count_ops=False) as session:
+            with accelerate(
+                self.model,
+                FORA(interval=self.size.interval),
+                self.size.steps,
+                calls_per_step=1,
+                count_ops=False,
+            ) as session:
                 yield session
 
 
 @torch.inference_mode()
-def measure_session(effort: Effort, sizes: Sequence[SessionSize] = SESSION_SIZES, say: Callable[[str], None] = lambda text: None) -> tuple[SessionRow, ...]:
+def measure_session(
+    effort: Effort,
+    sizes: Sequence[SessionSize] = SESSION_SIZES,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[SessionRow, ...]:
     """Generations take turns, way by way, after one of each to check the values and count operators. On the CPU."""
     rows = []
     for size in sizes:
@@ -157,7 +202,9 @@ def measure_session(effort: Effort, sizes: Sequence[SessionSize] = SESSION_SIZES
         run, samples = Run(size), {way: Samples() for way in Way}
         operators, errors = checked(run)
         begun, rounds = time.perf_counter(), 0
-        while rounds < effort.min_rounds or (rounds < effort.max_rounds and time.perf_counter() - begun < effort.seconds):
+        while rounds < effort.min_rounds or (
+            rounds < effort.max_rounds and time.perf_counter() - begun < effort.seconds
+        ):
             for way in Way:
                 _collect(samples[way], run.generate(way), size, way)
             rounds += 1
@@ -173,7 +220,9 @@ def checked(run: Run) -> tuple[dict[Way, list[int]], dict[Way, float | None]]:
     for way in (Way.ORIGINAL, Way.SESSION, Way.BEGUN):
         errors[way] = relative_rms(torch.stack(found[way].outputs), exact)
         if not errors[way] <= ALLOWED_ERROR:
-            raise WrongValues(f"{run.size.name}: {way.value} differs from the original by {errors[way]:.2e} (relative RMS), allowed {ALLOWED_ERROR:.0e}")
+            raise WrongValues(
+                f"{run.size.name}: {way.value} differs from the original by {errors[way]:.2e} (relative RMS), allowed {ALLOWED_ERROR:.0e}"
+            )
     return {way: generation.operators for way, generation in found.items()}, errors
 
 

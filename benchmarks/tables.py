@@ -1,4 +1,5 @@
 """Markdown tables, and how numbers look in them."""
+
 from collections.abc import Callable, Iterable
 
 from benchmarks.timing import Timing
@@ -9,7 +10,9 @@ NOISY = 1.5  # p90 over p10 beyond which a median is marked
 def table(headings: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:
     """A Markdown table and an empty line."""
     headings = tuple(headings)
-    line: Callable[[Iterable[object]], str] = lambda cells: "| " + " | ".join(str(cell) for cell in cells) + " |"  # noqa: E731
+    line: Callable[[Iterable[object]], str] = lambda cells: (
+        "| " + " | ".join(str(cell) for cell in cells) + " |"
+    )  # noqa: E731
     return [line(headings), line("---" for _ in headings), *(line(row) for row in rows), ""]
 
 

@@ -1,4 +1,5 @@
 """What a call costs before it moves any bytes; a group is an autograd mode."""
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture

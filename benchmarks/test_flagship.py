@@ -1,4 +1,5 @@
 """56 gated bf16 terms of [2, 256, 1152] on one thread."""
+
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +31,8 @@ def prepared(device: torch.device, one_thread: None) -> Prepared:
 
 
 @pytest.mark.parametrize("provider", Provider, ids=lambda provider: provider.value.replace(" ", "-"))
-def test_flagship_one_thread(benchmark: BenchmarkFixture, prepared: Prepared, provider: Provider, one_thread_bandwidth: Bandwidth) -> None:
+def test_flagship_one_thread(
+    benchmark: BenchmarkFixture, prepared: Prepared, provider: Provider, one_thread_bandwidth: Bandwidth
+) -> None:
     benchmark_provider(benchmark, prepared, provider, one_thread_bandwidth)
     benchmark.group = f"flagship, one thread: {FLAGSHIP.name}"

@@ -1,4 +1,5 @@
 """Every contender of every case; a group is a case."""
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -21,5 +22,7 @@ def prepared(request: pytest.FixtureRequest, device: torch.device) -> Prepared:
 
 
 @pytest.mark.parametrize("provider", Provider, ids=lambda provider: provider.value.replace(" ", "-"))
-def test_form(benchmark: BenchmarkFixture, prepared: Prepared, provider: Provider, bandwidth: Bandwidth) -> None:
+def test_form(
+    benchmark: BenchmarkFixture, prepared: Prepared, provider: Provider, bandwidth: Bandwidth
+) -> None:
     benchmark_provider(benchmark, prepared, provider, bandwidth)

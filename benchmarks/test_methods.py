@@ -1,4 +1,5 @@
 """Generations of whole models under pytest-benchmark; a group is a method on a model."""
+
 from collections.abc import Iterator
 
 import pytest

@@ -1,4 +1,5 @@
 """A generation of 9 steps in every way; a group is a model."""
+
 from collections.abc import Iterator
 
 import pytest

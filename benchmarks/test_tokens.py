@@ -1,4 +1,5 @@
 """Partial blocks and choices of tokens under pytest-benchmark; a group is a case."""
+
 import itertools
 
 import pytest
@@ -23,12 +24,19 @@ def prepared(request: pytest.FixtureRequest, device: torch.device) -> PreparedBl
 def test_block(benchmark: BenchmarkFixture, prepared: PreparedBlock, provider: Provider) -> None:
     case: BlockCase = prepared.case
     try:
-        calls, error = prepared.bound_by(provider.value, binders()[provider], may_fail=provider is Provider.COMPILED)
+        calls, error = prepared.bound_by(
+            provider.value, binders()[provider], may_fail=provider is Provider.COMPILED
+        )
     except NotMeasured as reason:
         pytest.skip(str(reason))
     turns = itertools.cycle(calls)
     benchmark.group = case.name
-    benchmark.extra_info |= {"bytes": case.min_bytes, "flops": case.flops, "error": error, "cache": prepared.cache}
+    benchmark.extra_info |= {
+        "bytes": case.min_bytes,
+        "flops": case.flops,
+        "error": error,
+        "cache": prepared.cache,
+    }
     benchmark.pedantic(lambda call: call(), setup=lambda: ((next(turns),), {}), rounds=9, warmup_rounds=1)
 
 

@@ -1,4 +1,5 @@
 """Medians of contenders that take turns, so that whatever slows the machine slows all of them alike."""
+
 import gc
 import statistics
 import time
@@ -24,7 +25,13 @@ class Timing:
         """From samples in seconds."""
         ordered = sorted(1e6 * sample for sample in seconds)
         tenth = (len(ordered) - 1) / 10
-        return cls(statistics.median(ordered), ordered[round(tenth)], ordered[round(9 * tenth)], ordered[0], len(ordered))
+        return cls(
+            statistics.median(ordered),
+            ordered[round(tenth)],
+            ordered[round(9 * tenth)],
+            ordered[0],
+            len(ordered),
+        )
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,9 @@ class Effort:
 Buffers = Sequence[Callable[[], object]]  # the same call on different buffers
 
 
-def measure(contenders: Mapping[str, Buffers], effort: Effort, device: torch.device, calls: int = 1) -> dict[str, Timing]:
+def measure(
+    contenders: Mapping[str, Buffers], effort: Effort, device: torch.device, calls: int = 1
+) -> dict[str, Timing]:
     """Time every contender once a round, after one round to warm up; a sample is `calls` calls.
 
     Each call of any contender uses the next buffer, so that none finds its operands in a cache
@@ -49,7 +58,9 @@ def measure(contenders: Mapping[str, Buffers], effort: Effort, device: torch.dev
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     turn, begun = 0, None
     with _no_collection():
-        while begun is None or _goes_on(len(next(iter(samples.values()))), time.perf_counter() - begun, effort):
+        while begun is None or _goes_on(
+            len(next(iter(samples.values()))), time.perf_counter() - begun, effort
+        ):
             for name, buffers in contenders.items():
                 sample = clock(buffers[turn % len(buffers)], calls)
                 turn += 1

@@ -2,6 +2,7 @@
 
 Nothing here knows a device or a clock.
 """
+
 import enum
 from dataclasses import dataclass
 
@@ -43,7 +44,12 @@ class TokenSize:
         return self.name.lower().replace(" ", "-")
 
 
-SIZES = (TokenSize("N256 B2", 2, 256), TokenSize("N1024 B2", 2, 1024), TokenSize("N4096 B2", 2, 4096), TokenSize("N24336 B1", 1, 24336))
+SIZES = (
+    TokenSize("N256 B2", 2, 256),
+    TokenSize("N1024 B2", 2, 1024),
+    TokenSize("N4096 B2", 2, 4096),
+    TokenSize("N24336 B1", 1, 24336),
+)
 SHARES = (0.01, 0.07, 0.25, 0.6)
 TINY = TokenSize("Tiny B2", 2, 16, 32)
 
@@ -70,12 +76,18 @@ class BlockCase:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the MLP's weights and biases."""
-        return ((2 * MLP_RATIO * self.size.channels + MLP_RATIO + 1) * self.size.channels) * self.dtype.itemsize
+        return (
+            (2 * MLP_RATIO * self.size.channels + MLP_RATIO + 1) * self.size.channels
+        ) * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
         """Of the MLP, 2 per multiply-add; 0 for the stream alone."""
-        return 4 * MLP_RATIO * self.size.batch * self.rows * self.size.channels**2 if self.work is Work.BLOCK else 0
+        return (
+            4 * MLP_RATIO * self.size.batch * self.rows * self.size.channels**2
+            if self.work is Work.BLOCK
+            else 0
+        )
 
     @property
     def tensor_bytes(self) -> int:
@@ -92,7 +104,12 @@ class BlockCase:
         """
         size, width = self.size, self.dtype.itemsize
         rows = 2 * size.batch * self.rows * size.channels * width
-        total = 4 * self.tensor_bytes + rows + 4 * size.batch * size.channels * width + 8 * size.batch * size.tokens
+        total = (
+            4 * self.tensor_bytes
+            + rows
+            + 4 * size.batch * size.channels * width
+            + 8 * size.batch * size.tokens
+        )
         return total + (self.weight_bytes if self.work is Work.BLOCK else 0)
 
 
@@ -113,7 +130,10 @@ class ChoiceCase:
     def counts(self) -> list[int]:
         """K of every layer."""
         last = max(1, self.layers - 1)
-        return [min(self.size.tokens, max(1, int(self.share * (0.8 + 0.4 * layer / last) * self.size.tokens))) for layer in range(self.layers)]
+        return [
+            min(self.size.tokens, max(1, int(self.share * (0.8 + 0.4 * layer / last) * self.size.tokens)))
+            for layer in range(self.layers)
+        ]
 
     @property
     def min_bytes(self) -> int:
@@ -121,7 +141,11 @@ class ChoiceCase:
         return 16 * self.layers * self.size.batch * self.size.tokens
 
 
-def block_cases(sizes: tuple[TokenSize, ...] = SIZES, shares: tuple[float, ...] = SHARES, dtype: torch.dtype = torch.float32) -> list[BlockCase]:
+def block_cases(
+    sizes: tuple[TokenSize, ...] = SIZES,
+    shares: tuple[float, ...] = SHARES,
+    dtype: torch.dtype = torch.float32,
+) -> list[BlockCase]:
     """Small before large; at each size the stream alone first."""
     return [BlockCase(work, size, share, dtype) for size in sizes for work in Work for share in shares]
 

@@ -3,6 +3,7 @@
 Every contender normalises, ages and gives the bonus of ToCa on a DiT, writes the ages, and makes what
 its refresh needs: indices [B, K] per layer, or (topk and ours) slot maps too.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,20 +42,29 @@ def make_choice(case: ChoiceCase, device: torch.device, seed: int = 0) -> Choice
     order = torch.rand(shape, generator=generator, device=device).argsort(-1)
     ages = torch.randint(0, 3, shape, generator=generator, device=device, dtype=torch.int32)
     counts = torch.tensor(case.counts, dtype=torch.int32, device=device).repeat_interleave(case.size.batch)
-    return ChoiceInputs(1 + order / case.size.tokens, ages, tuple(case.counts), counts, round(case.size.tokens**0.5))
+    return ChoiceInputs(
+        1 + order / case.size.tokens, ages, tuple(case.counts), counts, round(case.size.tokens**0.5)
+    )
 
 
 def sorted_per_layer(i: ChoiceInputs) -> list[Tensor]:
     """The original: all of it per layer, and a whole sort."""
     fields = POLICY.fields()
-    return [choose(score, ages, count, SELECTION, fields) for score, ages, count in zip(i.scores, i.ages, i.counts)]
+    return [
+        choose(score, ages, count, SELECTION, fields)
+        for score, ages, count in zip(i.scores, i.ages, i.counts)
+    ]
 
 
 def topk_per_layer(i: ChoiceInputs) -> list[Tensor]:
     """The original's scores, torch.topk for the sort, and a slot map."""
     slots = []
     for score, ages, count in zip(i.scores, i.ages, i.counts):
-        score = with_bonus(torch.add(F.normalize(score, dim=-1), ages, alpha=SELECTION.age_weight), SELECTION.cell, SELECTION.bonus)
+        score = with_bonus(
+            torch.add(F.normalize(score, dim=-1), ages, alpha=SELECTION.age_weight),
+            SELECTION.cell,
+            SELECTION.bonus,
+        )
         slots.append(_taken(score, ages.add_(1), count))
     return slots
 
@@ -77,11 +87,25 @@ def _taken(score: Tensor, ages: Tensor, count: int) -> Tensor:
 def in_one_launch(i: ChoiceInputs) -> list[Tensor]:
     """Ours."""
     N = i.scores.shape[-1]
-    found = select_tokens_(i.scores.view(-1, N), i.ages.view(-1, N), i.device_counts, max(i.counts), age_weight=SELECTION.age_weight, width=i.side, cell=SELECTION.cell, bonus=SELECTION.bonus)
+    found = select_tokens_(
+        i.scores.view(-1, N),
+        i.ages.view(-1, N),
+        i.device_counts,
+        max(i.counts),
+        age_weight=SELECTION.age_weight,
+        width=i.side,
+        cell=SELECTION.cell,
+        bonus=SELECTION.bonus,
+    )
     return list(found)
 
 
-CONTENDERS: dict[str, Callable[[ChoiceInputs], list[Tensor]]] = {NAIVE: sorted_per_layer, TOPK: topk_per_layer, BEST: scored_at_once, OURS: in_one_launch}
+CONTENDERS: dict[str, Callable[[ChoiceInputs], list[Tensor]]] = {
+    NAIVE: sorted_per_layer,
+    TOPK: topk_per_layer,
+    BEST: scored_at_once,
+    OURS: in_one_launch,
+}
 
 
 def bound(name: str, inputs: ChoiceInputs) -> Callable[[], list[Tensor]]:

@@ -1,4 +1,5 @@
 """Scores, choices and errors of tokens: FastCache against what one writes in PyTorch, and torch.compile of it."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,12 +72,25 @@ class Disagreement(AssertionError):
 # --- cases ----------------------------------------------------------------------------------------
 
 
-def operator_cases(lengths: Sequence[int] = (256, 1024, 4096, 23850), tokens: Sequence[int] = (256, 4096), channels: int = 1152, heads: int = 16, layers: int = LAYERS) -> list[OperatorCase]:
+def operator_cases(
+    lengths: Sequence[int] = (256, 1024, 4096, 23850),
+    tokens: Sequence[int] = (256, 4096),
+    channels: int = 1152,
+    heads: int = 16,
+    layers: int = LAYERS,
+) -> list[OperatorCase]:
     """Selection for all layers of a step; scores at the sizes of DiT-XL/2; attention up to 1024 tokens."""
     found = [_selection(length, layers) for length in lengths]
     for dtype in (torch.bfloat16, torch.float32):
-        found += [case for count in tokens for case in (_norm(count, channels, dtype), _distance(count, channels, dtype))]
-        found += [_values(tokens[0], heads, channels // heads, dtype), _calibration(tokens[0], channels, 2 * layers, dtype)]
+        found += [
+            case
+            for count in tokens
+            for case in (_norm(count, channels, dtype), _distance(count, channels, dtype))
+        ]
+        found += [
+            _values(tokens[0], heads, channels // heads, dtype),
+            _calibration(tokens[0], channels, 2 * layers, dtype),
+        ]
     return [*found, *(_attention(min(count, 1024), heads, channels // heads) for count in tokens)]
 
 
@@ -84,59 +98,138 @@ def _selection(N: int, layers: int) -> OperatorCase:
     R, K = SAMPLES * layers, int(REFRESH_RATIO * N)
 
     def make(generator: torch.Generator) -> Arguments:
-        return torch.rand(R, N, generator=generator), torch.randint(0, 4, (R, N), generator=generator, dtype=torch.int32), torch.full((R,), K, dtype=torch.int32)
+        return (
+            torch.rand(R, N, generator=generator),
+            torch.randint(0, 4, (R, N), generator=generator, dtype=torch.int32),
+            torch.full((R,), K, dtype=torch.int32),
+        )
 
     def batched(score: Tensor, age: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         total = score / score.norm(dim=1, keepdim=True) + AGE_WEIGHT * age
         index = total.topk(K, dim=1, sorted=False).indices.sort(dim=1).values
         slots = torch.full(score.shape, -1, dtype=torch.int32, device=score.device)
-        slots.scatter_(1, index, torch.arange(K, dtype=torch.int32, device=score.device).expand(len(score), K))
+        slots.scatter_(
+            1, index, torch.arange(K, dtype=torch.int32, device=score.device).expand(len(score), K)
+        )
         age.add_(1).scatter_(1, index, 0)
         return slots, index.int()
 
     def per_layer(score: Tensor, age: Tensor, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [batched(score[i:i + SAMPLES], age[i:i + SAMPLES], counts[i:i + SAMPLES]) for i in range(0, R, SAMPLES)]
+        return [
+            batched(score[i : i + SAMPLES], age[i : i + SAMPLES], counts[i : i + SAMPLES])
+            for i in range(0, R, SAMPLES)
+        ]
 
     ours = lambda score, age, counts: select_tokens_(score, age, counts, K, age_weight=AGE_WEIGHT)  # noqa: E731
-    return OperatorCase("select_tokens_", f"{R}x{N}", torch.float32, 16 * R * N + 4 * R * (K + 1), make, ours, per_layer, batched, lambda compiled: compiled(batched), 0.0)
+    return OperatorCase(
+        "select_tokens_",
+        f"{R}x{N}",
+        torch.float32,
+        16 * R * N + 4 * R * (K + 1),
+        make,
+        ours,
+        per_layer,
+        batched,
+        lambda compiled: compiled(batched),
+        0.0,
+    )
 
 
 def _norm(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
     plain = lambda x: x.float().norm(dim=-1)  # noqa: E731
     best = lambda x: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # noqa: E731
-    return OperatorCase("row_score", f"norm-{SAMPLES}x{N}x{D}", dtype, SAMPLES * N * (D * dtype.itemsize + 4), lambda g: (_normal(g, dtype, SAMPLES, N, D),), row_score, plain, best, lambda compiled: compiled(plain))
+    return OperatorCase(
+        "row_score",
+        f"norm-{SAMPLES}x{N}x{D}",
+        dtype,
+        SAMPLES * N * (D * dtype.itemsize + 4),
+        lambda g: (_normal(g, dtype, SAMPLES, N, D),),
+        row_score,
+        plain,
+        best,
+        lambda compiled: compiled(plain),
+    )
 
 
 def _distance(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
     plain = lambda x, y: 1 - F.cosine_similarity(x.float(), y.float(), dim=-1)  # noqa: E731
     make = lambda g: (_normal(g, dtype, SAMPLES, N, D), _normal(g, dtype, SAMPLES, N, D))  # noqa: E731
-    return OperatorCase("row_score", f"cosine-{SAMPLES}x{N}x{D}", dtype, SAMPLES * N * (2 * D * dtype.itemsize + 4), make, row_score, plain, plain, lambda compiled: compiled(plain))
+    return OperatorCase(
+        "row_score",
+        f"cosine-{SAMPLES}x{N}x{D}",
+        dtype,
+        SAMPLES * N * (2 * D * dtype.itemsize + 4),
+        make,
+        row_score,
+        plain,
+        plain,
+        lambda compiled: compiled(plain),
+    )
 
 
 def _values(N: int, heads: int, d: int, dtype: torch.dtype) -> OperatorCase:
     plain = lambda v: (1 - v.float().norm(dim=-1)).sum(1)  # noqa: E731
     make = lambda g: (_normal(g, dtype, SAMPLES, N, 3, heads, d).permute(2, 0, 3, 1, 4)[2],)  # noqa: E731
-    return OperatorCase("value_norm", f"{SAMPLES}x{heads}x{N}x{d}", dtype, SAMPLES * N * (heads * d * dtype.itemsize + 4), make, value_norm, plain, plain, lambda compiled: compiled(plain))
+    return OperatorCase(
+        "value_norm",
+        f"{SAMPLES}x{heads}x{N}x{d}",
+        dtype,
+        SAMPLES * N * (heads * d * dtype.itemsize + 4),
+        make,
+        value_norm,
+        plain,
+        plain,
+        lambda compiled: compiled(plain),
+    )
 
 
 def _calibration(N: int, D: int, layers: int, dtype: torch.dtype) -> OperatorCase:
     def make(generator: torch.Generator) -> Arguments:
-        return [_normal(generator, dtype, SAMPLES, N, D) for _ in range(layers)], [_normal(generator, dtype, SAMPLES, N, D) for _ in range(LOOKAHEADS * layers)]
+        return [_normal(generator, dtype, SAMPLES, N, D) for _ in range(layers)], [
+            _normal(generator, dtype, SAMPLES, N, D) for _ in range(LOOKAHEADS * layers)
+        ]
 
     def pair(old: Tensor, new: Tensor) -> Tensor:
         return (old.float() - new.float()).abs().sum() / new.float().abs().sum()
 
     def looped(pair: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
-        return lambda newest, earlier: torch.stack([pair(old, newest[j % layers]) for j, old in enumerate(earlier)]).view(-1, layers)
+        return lambda newest, earlier: torch.stack(
+            [pair(old, newest[j % layers]) for j, old in enumerate(earlier)]
+        ).view(-1, layers)
 
     size = (1 + LOOKAHEADS) * layers * SAMPLES * N * D * dtype.itemsize
-    return OperatorCase("relative_error", f"{LOOKAHEADS}x{layers}x{SAMPLES}x{N}x{D}", dtype, size, make, relative_error, looped(pair), looped(pair), lambda compiled: looped(compiled(pair)), 1e-4)
+    return OperatorCase(
+        "relative_error",
+        f"{LOOKAHEADS}x{layers}x{SAMPLES}x{N}x{D}",
+        dtype,
+        size,
+        make,
+        relative_error,
+        looped(pair),
+        looped(pair),
+        lambda compiled: looped(compiled(pair)),
+        1e-4,
+    )
 
 
 def _attention(N: int, heads: int, d: int) -> OperatorCase:
     plain = lambda q, k: torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1).mean(1).sum(1)  # noqa: E731
-    make = lambda g: (_normal(g, torch.float32, SAMPLES, heads, N, d), _normal(g, torch.float32, SAMPLES, heads, N, d))  # noqa: E731
-    return OperatorCase("attention_received", f"{SAMPLES}x{heads}x{N}x{d}", torch.float32, 4 * SAMPLES * (2 * heads * N * d + N), make, attention_received, plain, plain, lambda compiled: compiled(plain), 1e-4)
+    make = lambda g: (
+        _normal(g, torch.float32, SAMPLES, heads, N, d),
+        _normal(g, torch.float32, SAMPLES, heads, N, d),
+    )  # noqa: E731
+    return OperatorCase(
+        "attention_received",
+        f"{SAMPLES}x{heads}x{N}x{d}",
+        torch.float32,
+        4 * SAMPLES * (2 * heads * N * d + N),
+        make,
+        attention_received,
+        plain,
+        plain,
+        lambda compiled: compiled(plain),
+        1e-4,
+    )
 
 
 def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -146,7 +239,13 @@ def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tens
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measure_operators(cases: Sequence[OperatorCase], device: torch.device, effort: Effort, providers: Sequence[Provider] = tuple(Provider), say: Callable[[str], None] = lambda text: None) -> tuple[tuple[OperatorRow, ...], tuple[Absence, ...]]:
+def measure_operators(
+    cases: Sequence[OperatorCase],
+    device: torch.device,
+    effort: Effort,
+    providers: Sequence[Provider] = tuple(Provider),
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[tuple[OperatorRow, ...], tuple[Absence, ...]]:
     """Compare and time every contender of every case, on the same buffers, in turns."""
     rows, absent = [], []
     for case in cases:
@@ -158,7 +257,9 @@ def measure_operators(cases: Sequence[OperatorCase], device: torch.device, effor
     return tuple(rows), tuple(absent)
 
 
-def measure_token_case(case: OperatorCase, device: torch.device, effort: Effort, providers: Sequence[Provider]) -> tuple[list[OperatorRow], list[Absence]]:
+def measure_token_case(
+    case: OperatorCase, device: torch.device, effort: Effort, providers: Sequence[Provider]
+) -> tuple[list[OperatorRow], list[Absence]]:
     """One case; raises Disagreement if a contender computes something else than the definition."""
     copies = max(1, min(MAX_COPIES, -(-COLD * last_level_cache_bytes(device) // max(1, case.bytes))))
     buffers = [_on(device, case.make(torch.Generator().manual_seed(seed))) for seed in range(copies)]
@@ -187,7 +288,10 @@ def check(case: OperatorCase, provider: Provider, call: Callable[..., object], a
     """
     found, expected = call(*_copied(arguments)), _call(case, Provider.OURS_EAGER)(*_copied(arguments))
     if case.operator == "select_tokens_":
-        chosen = [torch.cat([slots for slots, _ in (result if isinstance(result, list) else [result])]) >= 0 for result in (found, expected)]
+        chosen = [
+            torch.cat([slots for slots, _ in (result if isinstance(result, list) else [result])]) >= 0
+            for result in (found, expected)
+        ]
         off = float((chosen[0] != chosen[1]).double().mean())
         allowed = 0.0 if provider is Provider.OURS else 1e-3
     else:
@@ -213,7 +317,9 @@ def _eager(call: Callable[..., object], *arguments: object) -> object:
 
 def _row(case: OperatorCase, provider: Provider, timings: dict[Provider, Timing]) -> OperatorRow:
     own = timings[provider]
-    ratio: Callable[[Provider], float | None] = lambda other: timings[other].median_us / own.median_us if other in timings else None  # noqa: E731
+    ratio: Callable[[Provider], float | None] = lambda other: (
+        timings[other].median_us / own.median_us if other in timings else None
+    )  # noqa: E731
     return OperatorRow(
         case.name, case.operator, case.size, DTYPE_NAMES[case.dtype], provider.value, torch.get_num_threads(), case.bytes, own, 1e-3 * case.bytes / own.median_us,
         ratio(Provider.NAIVE), ratio(Provider.BEST_EAGER), ratio(Provider.COMPILED),
@@ -221,7 +327,10 @@ def _row(case: OperatorCase, provider: Provider, timings: dict[Provider, Timing]
 
 
 def _on(device: torch.device, arguments: Arguments) -> Arguments:
-    return tuple([tensor.to(device) for tensor in argument] if isinstance(argument, list) else argument.to(device) for argument in arguments)
+    return tuple(
+        [tensor.to(device) for tensor in argument] if isinstance(argument, list) else argument.to(device)
+        for argument in arguments
+    )
 
 
 def _copied(arguments: Arguments) -> Arguments:

@@ -1,4 +1,5 @@
 """Tables of the part `tokens`."""
+
 from collections.abc import Sequence
 
 from benchmarks.tables import bold_below_one, mark, microseconds, table, times
@@ -14,13 +15,33 @@ def token_sections(blocks: Sequence[BlockRow], choices: Sequence[ChoiceRow]) -> 
         if rows:
             lines += [f"## Partial block, {work.value}: {work.meaning}", "", *_blocks(rows)]
     if choices:
-        lines += [f"## Choice of tokens for {choices[0].layers} layers of a step, float32 scores", "", *_choices(choices)]
+        lines += [
+            f"## Choice of tokens for {choices[0].layers} layers of a step, float32 scores",
+            "",
+            *_choices(choices),
+        ]
     return lines
 
 
 def _blocks(rows: Sequence[BlockRow]) -> list[str]:
     alone = {row.case: row.timing.median_us for row in rows if row.provider == MLP_ALONE}
-    headings = ("size", "K", "of N", "dtype", "contender", "MB", "cache", "median us", "floor us", "GB/s", *(("GFLOP/s", "beside the MLP us") if alone else ()), "x naive", "x best eager", "x compile", "error")
+    headings = (
+        "size",
+        "K",
+        "of N",
+        "dtype",
+        "contender",
+        "MB",
+        "cache",
+        "median us",
+        "floor us",
+        "GB/s",
+        *(("GFLOP/s", "beside the MLP us") if alone else ()),
+        "x naive",
+        "x best eager",
+        "x compile",
+        "error",
+    )
     cells = [
         (
             row.size, row.rows, f"{row.share:.0%}", row.dtype, row.provider, f"{row.bytes / 1e6:.1f}", row.cache, microseconds(row.timing), "-" if row.floor_us is None else f"{row.floor_us:.0f}", f"{row.gbps:.1f}",
@@ -37,9 +58,29 @@ def _ratio(row: BlockRow, ratio: float | None) -> str:
 
 
 def _choices(rows: Sequence[ChoiceRow]) -> list[str]:
-    headings = ("size", "contender", "operators", "MB", "median us", "floor us", "x naive", "x topk per layer", "same choice")
+    headings = (
+        "size",
+        "contender",
+        "operators",
+        "MB",
+        "median us",
+        "floor us",
+        "x naive",
+        "x topk per layer",
+        "same choice",
+    )
     cells = [
-        (row.size, row.provider, row.operators, f"{row.bytes / 1e6:.2f}", f"{row.timing.median_us:.0f}{mark(row.timing)}", "-" if row.floor_us is None else f"{row.floor_us:.0f}", times(row.vs_naive), times(row.vs_topk), f"{row.same:.2%}")
+        (
+            row.size,
+            row.provider,
+            row.operators,
+            f"{row.bytes / 1e6:.2f}",
+            f"{row.timing.median_us:.0f}{mark(row.timing)}",
+            "-" if row.floor_us is None else f"{row.floor_us:.0f}",
+            times(row.vs_naive),
+            times(row.vs_topk),
+            f"{row.same:.2%}",
+        )
         for row in rows
     ]
     return table(headings, cells)

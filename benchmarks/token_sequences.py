@@ -1,4 +1,5 @@
 """How a partial block is computed: the original's sequence, eager PyTorch at its best, and ours in one launch."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +46,12 @@ def make_mlp(case: BlockCase, device: torch.device) -> nn.Module:
     """The MLP of a block of this width, with weights of a plausible size."""
     generator = torch.Generator(device).manual_seed(1)
     with torch.device(device):
-        mlp = Mlp(case.size.channels, MLP_RATIO * case.size.channels).to(case.dtype).eval().requires_grad_(False)
+        mlp = (
+            Mlp(case.size.channels, MLP_RATIO * case.size.channels)
+            .to(case.dtype)
+            .eval()
+            .requires_grad_(False)
+        )
     for parameter in mlp.parameters():
         parameter.normal_(std=0.02, generator=generator)
     return mlp
@@ -69,7 +75,19 @@ def _tokens(case: BlockCase, device: torch.device, seed: int) -> Tensor:
     return order[:, : case.rows].sort(dim=1).values
 
 
-def naive_block(x: Tensor, attended: Tensor, slot: Tensor, fresh: Tensor, old_gate: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, fresh_index: Tensor, row_index: Tensor, body: Body) -> Outputs:
+def naive_block(
+    x: Tensor,
+    attended: Tensor,
+    slot: Tensor,
+    fresh: Tensor,
+    old_gate: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fresh_index: Tensor,
+    row_index: Tensor,
+    body: Body,
+) -> Outputs:
     """From where an MLP has its fresh rows to where the next one has: scatter, two gated updates, gather, norm, modulate, MLP."""
     slot.scatter_(1, _columns(fresh_index, x), fresh)
     x = x + old_gate[:, None] * slot
@@ -78,12 +96,26 @@ def naive_block(x: Tensor, attended: Tensor, slot: Tensor, fresh: Tensor, old_ga
     return x, body(modulate(F.layer_norm(rows, rows.shape[-1:], eps=1e-6), shift, scale))
 
 
-def best_block(x: Tensor, attended: Tensor, slot: Tensor, fresh: Tensor, old_gate: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, fresh_index: Tensor, row_index: Tensor, body: Body) -> Outputs:
+def best_block(
+    x: Tensor,
+    attended: Tensor,
+    slot: Tensor,
+    fresh: Tensor,
+    old_gate: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fresh_index: Tensor,
+    row_index: Tensor,
+    body: Body,
+) -> Outputs:
     """The fused calls of PyTorch that a careful host could use."""
     slot.scatter_(1, _columns(fresh_index, x), fresh)
     x = torch.addcmul(x, old_gate[:, None], slot).addcmul_(gate[:, None], attended)
     rows = x.gather(1, _columns(row_index, x))
-    return x, body(torch.addcmul(shift[:, None], F.layer_norm(rows, rows.shape[-1:], eps=1e-6), 1 + scale[:, None]))
+    return x, body(
+        torch.addcmul(shift[:, None], F.layer_norm(rows, rows.shape[-1:], eps=1e-6), 1 + scale[:, None])
+    )
 
 
 def _columns(index: Tensor, x: Tensor) -> Tensor:
@@ -93,7 +125,19 @@ def _columns(index: Tensor, x: Tensor) -> Tensor:
 
 def arguments(i: BlockInputs) -> tuple:
     """Of the sequences of PyTorch."""
-    return i.x, i.attended, i.slot, i.fresh, i.table[OLD_GATE], i.table[GATE], i.table[SHIFT], i.table[SCALE], i.fresh_index, i.row_index, i.body
+    return (
+        i.x,
+        i.attended,
+        i.slot,
+        i.fresh,
+        i.table[OLD_GATE],
+        i.table[GATE],
+        i.table[SHIFT],
+        i.table[SCALE],
+        i.fresh_index,
+        i.row_index,
+        i.body,
+    )
 
 
 def ours(i: BlockInputs) -> Callable[[], Outputs]:
@@ -115,10 +159,14 @@ def body_alone(i: BlockInputs) -> Callable[[], Outputs]:
     return lambda: (i.fresh, i.body(i.fresh))
 
 
-def compiled_block(inductor: str = "inductor", mode: str | None = None) -> Callable[[BlockInputs], Callable[[], Outputs]]:
+def compiled_block(
+    inductor: str = "inductor", mode: str | None = None
+) -> Callable[[BlockInputs], Callable[[], Outputs]]:
     """torch.compile of the original's sequence: one graph for any number of tokens, as K changes from layer to layer and step to step."""
     torch.compiler.reset()
-    compiled = torch.compile(naive_block, fullgraph=True, backend=inductor, **({} if mode is None else {"mode": mode}))
+    compiled = torch.compile(
+        naive_block, fullgraph=True, backend=inductor, **({} if mode is None else {"mode": mode})
+    )
 
     def bind(i: BlockInputs) -> Callable[[], Outputs]:
         for tensor in (i.x, i.attended, i.slot, i.fresh, i.fresh_index, i.row_index):

@@ -1,4 +1,5 @@
 """The part `tokens`: partial blocks, with and without their MLP, and the choice of tokens for a whole step."""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -85,12 +86,18 @@ class ChoiceRow:
 class PreparedBlock:
     """The buffers of a case. Raises NotMeasured if they do not fit into memory."""
 
-    def __init__(self, case: BlockCase, device: torch.device, max_copies: int = MAX_COPIES, free: int | None = None) -> None:
+    def __init__(
+        self, case: BlockCase, device: torch.device, max_copies: int = MAX_COPIES, free: int | None = None
+    ) -> None:
         self.case, self.device = case, device
         needed = max(1, -(-COLD * last_level_cache_bytes(device) // max(1, 4 * case.tensor_bytes)))
         copies = min(needed, max_copies)
         free = free_bytes(device) if free is None else free
-        need = copies * TENSORS * case.tensor_bytes + case.weight_bytes * 3 + WORKING * 8 * case.tensor_bytes // case.dtype.itemsize
+        need = (
+            copies * TENSORS * case.tensor_bytes
+            + case.weight_bytes * 3
+            + WORKING * 8 * case.tensor_bytes // case.dtype.itemsize
+        )
         if free is not None and need > free:
             raise NotMeasured(f"needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
         self.cache = "cold" if copies == needed else "warm"
@@ -99,7 +106,9 @@ class PreparedBlock:
         self._slot = self.buffers[0].slot.clone()
         wide = replace(self.buffers[0].double(), body=torch.nn.Identity())
         x, h = token_sequences.naive_block(*arguments(wide))
-        self._rows = torch.linspace(0, case.rows - 1, min(CHECKED_ROWS, case.rows), device=device).round().long()
+        self._rows = (
+            torch.linspace(0, case.rows - 1, min(CHECKED_ROWS, case.rows), device=device).round().long()
+        )
         self._exact = x, self.in_double(mlp, h[:, self._rows])
 
     def in_double(self, mlp: torch.nn.Module, h: Tensor) -> Tensor:
@@ -128,7 +137,9 @@ class PreparedBlock:
         error = max(relative_rms(x, self._exact[0]), relative_rms(made[:, self._rows], self._exact[1]))
         allowed = 16 * torch.finfo(self.case.dtype).eps
         if not error <= allowed:
-            raise WrongValues(f"{self.case.name}: {name} is off by {error:.2e} (relative RMS against float64), allowed {allowed:.2e}")
+            raise WrongValues(
+                f"{self.case.name}: {name} is off by {error:.2e} (relative RMS against float64), allowed {allowed:.2e}"
+            )
         return error
 
 
@@ -143,10 +154,22 @@ def binders(inductor: str = "inductor") -> dict[Provider, Binder]:
     }
 
 
-def measure_block(case: BlockCase, device: torch.device, effort: Effort, contenders: Mapping[Provider, Binder], max_copies: int = MAX_COPIES) -> tuple[list[BlockRow], list[Absence]]:
+def measure_block(
+    case: BlockCase,
+    device: torch.device,
+    effort: Effort,
+    contenders: Mapping[Provider, Binder],
+    max_copies: int = MAX_COPIES,
+) -> tuple[list[BlockRow], list[Absence]]:
     """Check and time the contenders on the same buffers, in turns."""
     if case.flops > MOST_FLOPS:
-        return [], [Absence(case.name, None, f"its MLP takes more than {MOST_FLOPS / 1e9:.0f} GFLOP a call; see the stream alone")]
+        return [], [
+            Absence(
+                case.name,
+                None,
+                f"its MLP takes more than {MOST_FLOPS / 1e9:.0f} GFLOP a call; see the stream alone",
+            )
+        ]
     try:
         prepared = PreparedBlock(case, device, max_copies)
     except NotMeasured as reason:
@@ -154,18 +177,27 @@ def measure_block(case: BlockCase, device: torch.device, effort: Effort, contend
     calls, errors, absent = {}, {}, []
     for provider, bind in contenders.items():
         try:
-            calls[provider.value], errors[provider.value] = prepared.bound_by(provider.value, bind, may_fail=provider is Provider.COMPILED)
+            calls[provider.value], errors[provider.value] = prepared.bound_by(
+                provider.value, bind, may_fail=provider is Provider.COMPILED
+            )
         except NotMeasured as reason:
             absent.append(Absence(case.name, provider.value, str(reason)))
     if case.work is Work.BLOCK:
-        calls[MLP_ALONE], errors[MLP_ALONE] = [token_sequences.body_alone(inputs) for inputs in prepared.buffers], 0.0
+        calls[MLP_ALONE], errors[MLP_ALONE] = (
+            [token_sequences.body_alone(inputs) for inputs in prepared.buffers],
+            0.0,
+        )
     timings = measure(calls, effort, device)
     return [_block_row(prepared, name, timings, errors[name]) for name in calls], absent
 
 
 def _block_row(prepared: PreparedBlock, name: str, timings: dict[str, Timing], error: float) -> BlockRow:
     case, own = prepared.case, timings[name]
-    ratio = lambda other: timings[other.value].median_us / own.median_us if other.value in timings and name != MLP_ALONE else None  # noqa: E731
+    ratio = lambda other: (
+        timings[other.value].median_us / own.median_us
+        if other.value in timings and name != MLP_ALONE
+        else None
+    )  # noqa: E731
     return BlockRow(
         case.name, case.work.value, case.size.name, case.rows, case.share, str(case.dtype).removeprefix("torch."), name, torch.get_num_threads(), case.min_bytes, case.flops,
         prepared.cache, len(prepared.buffers), own, 1e-3 * case.min_bytes / own.median_us, error, ratio(Provider.NAIVE), ratio(Provider.BEST_EAGER), ratio(Provider.COMPILED),
@@ -188,7 +220,18 @@ def measure_choice(case: ChoiceCase, device: torch.device, effort: Effort) -> li
     timings = measure(calls, effort, device)
     median = {name: timing.median_us for name, timing in timings.items()}
     return [
-        ChoiceRow(case.name, case.size.name, case.layers, name, case.min_bytes, operators[name], timing, median[token_choices.NAIVE] / median[name], median[token_choices.TOPK] / median[name], same[name])
+        ChoiceRow(
+            case.name,
+            case.size.name,
+            case.layers,
+            name,
+            case.min_bytes,
+            operators[name],
+            timing,
+            median[token_choices.NAIVE] / median[name],
+            median[token_choices.TOPK] / median[name],
+            same[name],
+        )
         for name, timing in timings.items()
     ]
 
@@ -199,13 +242,24 @@ def chosen_by(contender: Callable[[ChoiceInputs], list[Tensor]], inputs: ChoiceI
     return inputs.ages == 0
 
 
-def measure_tokens(cases: Sequence[BlockCase], choices: Sequence[ChoiceCase], device: torch.device, effort: Effort, providers: Sequence[Provider], max_copies: int, say: Callable[[str], None] = lambda text: None) -> tuple[tuple[BlockRow, ...], tuple[ChoiceRow, ...], tuple[Absence, ...]]:
+def measure_tokens(
+    cases: Sequence[BlockCase],
+    choices: Sequence[ChoiceCase],
+    device: torch.device,
+    effort: Effort,
+    providers: Sequence[Provider],
+    max_copies: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[tuple[BlockRow, ...], tuple[ChoiceRow, ...], tuple[Absence, ...]]:
     """Everything, choices first."""
     chosen: list[ChoiceRow] = []
     for choice in choices:
         found = measure_choice(choice, device, effort)
         chosen += found
-        say(f"tokens: {choice.name}: " + ", ".join(f"{row.provider} {row.timing.median_us:.0f} us" for row in found))
+        say(
+            f"tokens: {choice.name}: "
+            + ", ".join(f"{row.provider} {row.timing.median_us:.0f} us" for row in found)
+        )
     rows, absent = [], []
     for work in Work:
         contenders = {provider: bind for provider, bind in binders().items() if provider in providers}
@@ -213,5 +267,11 @@ def measure_tokens(cases: Sequence[BlockCase], choices: Sequence[ChoiceCase], de
             found, missing = measure_block(case, device, effort, contenders, max_copies)
             rows += found
             absent += missing
-            say(f"tokens: {case.name}: " + (", ".join(f"{row.provider} {row.timing.median_us:.0f} us" for row in found) or missing[0].reason))
+            say(
+                f"tokens: {case.name}: "
+                + (
+                    ", ".join(f"{row.provider} {row.timing.median_us:.0f} us" for row in found)
+                    or missing[0].reason
+                )
+            )
     return tuple(rows), tuple(chosen), tuple(absent)

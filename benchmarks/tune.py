@@ -7,6 +7,7 @@ An entry is written only where a configuration beats the heuristic's choice by m
 complete after every key, so a time limit loses what it cut off and nothing else. fastcache/backends/tuning.py
 says what a key is, and what becomes of a table that is stale.
 """
+
 import argparse
 import gc
 import json
@@ -42,7 +43,9 @@ MOST_BYTES = 24e9  # of operands
 ALLOWED_ERROR = 1e-2  # relative RMS against eager: no configuration may compute something else
 EFFORT = Effort(0.3, 15, 60)
 
-Clock = Callable[[Key, Mapping[str, Config | None]], dict[str, float]]  # microseconds of each configuration; None: the heuristic's
+Clock = Callable[
+    [Key, Mapping[str, Config | None]], dict[str, float]
+]  # microseconds of each configuration; None: the heuristic's
 
 
 def keys(kernels: Iterable[str], channels: Iterable[int], dtypes: Iterable[str], device: str) -> list[Key]:
@@ -51,10 +54,22 @@ def keys(kernels: Iterable[str], channels: Iterable[int], dtypes: Iterable[str],
         Key(kernel, device, D, dtype, terms, rows)
         for rows in ROWS for D in channels for dtype in dtypes for kernel in kernels for terms in (SUM_TERMS if kernel.endswith("sum") else ROW_TERMS)
     ]  # fmt: skip
-    return [key for key in found if (TERMS[key.terms] + 2) * 4**key.rows * key.channels * getattr(torch, key.dtype).itemsize <= MOST_BYTES]
+    return [
+        key
+        for key in found
+        if (TERMS[key.terms] + 2) * 4**key.rows * key.channels * getattr(torch, key.dtype).itemsize
+        <= MOST_BYTES
+    ]
 
 
-def tune(wanted: Sequence[Key], cuda: CudaKernels | None, clock: Clock, save: Callable[[list[Entry]], None], deadline: float = float("inf"), say: Callable[[str], None] = lambda text: None) -> list[Entry]:
+def tune(
+    wanted: Sequence[Key],
+    cuda: CudaKernels | None,
+    clock: Clock,
+    save: Callable[[list[Entry]], None],
+    deadline: float = float("inf"),
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Entry]:
     """The entries that beat the heuristic; `save` gets all of them after every key."""
     entries: list[Entry] = []
     for number, key in enumerate(wanted, start=1):
@@ -74,7 +89,9 @@ def tune(wanted: Sequence[Key], cuda: CudaKernels | None, clock: Clock, save: Ca
         if better:
             entries.append(Entry(key, legal[best], found[best], found[HEURISTIC]))
         save(entries)
-        say(f"{number}/{len(wanted)} {key}: {best} {found[best]:.1f} us, heuristic {found[HEURISTIC]:.1f} us{', kept' if better else ''}")
+        say(
+            f"{number}/{len(wanted)} {key}: {best} {found[best]:.1f} us, heuristic {found[HEURISTIC]:.1f} us{', kept' if better else ''}"
+        )
     return entries
 
 
@@ -82,16 +99,30 @@ def case_of(key: Key) -> Case:
     """A call that stands for a key: as many rows as its bucket holds, in two samples."""
     rows = 4**key.rows
     batch = 2 if rows > 1 else 1
-    return Case(Form.TRUNK, Size("tuning", batch, rows // batch, key.channels, TERMS[key.terms]), getattr(torch, key.dtype))
+    return Case(
+        Form.TRUNK,
+        Size("tuning", batch, rows // batch, key.channels, TERMS[key.terms]),
+        getattr(torch, key.dtype),
+    )
 
 
 def call_of(key: Key, inputs: Inputs) -> Callable[[], object]:
     """The call on given inputs: a trunk sum, or the same with LayerNorm and modulation."""
     sum_ = partial(residual_update, inputs.x, inputs.features, inputs.table, gate_index=inputs.gate_index)
-    return sum_ if key.kernel.endswith("sum") else partial(sum_, norm=Norm.LAYER, shift=inputs.shift, scale=inputs.scale)
+    return (
+        sum_
+        if key.kernel.endswith("sum")
+        else partial(sum_, norm=Norm.LAYER, shift=inputs.shift, scale=inputs.scale)
+    )
 
 
-def graph_clock(device: torch.device, effort: Effort = EFFORT, *, backend: str | None = None, say: Callable[[str], None] = lambda text: None) -> Clock:
+def graph_clock(
+    device: torch.device,
+    effort: Effort = EFFORT,
+    *,
+    backend: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Clock:
     """Times by graph replay on rotating buffers, all configurations in turns; one with wrong values is left out.
 
     backend: runs all keys, for a rehearsal; None: the one that a key's kernel belongs to.
@@ -104,10 +135,17 @@ def graph_clock(device: torch.device, effort: Effort = EFFORT, *, backend: str |
             expected = call_of(key, buffers[0])()
         replays = {}
         for name, config in configs.items():
-            with tuning.only({} if config is None else {key: config}, device), fastcache.use_backend(backend or key.kernel.partition(".")[0]):
+            with (
+                tuning.only({} if config is None else {key: config}, device),
+                fastcache.use_backend(backend or key.kernel.partition(".")[0]),
+            ):
                 calls = [call_of(key, inputs) for inputs in buffers]
                 found = calls[0]()
-                error = max(relative_rms(one.float(), other.double()) for one, other in zip(found, expected) if other is not None)
+                error = max(
+                    relative_rms(one.float(), other.double())
+                    for one, other in zip(found, expected)
+                    if other is not None
+                )
                 if not error <= ALLOWED_ERROR:
                     say(f"{name} is off by {error:.1e} and left out: this is a bug, report it")
                     continue
@@ -141,14 +179,20 @@ def listed(text: str, allowed: Sequence[str], option: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Measure launch configurations on this GPU and write a table of the best.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune",
+        description="Measure launch configurations on this GPU and write a table of the best.",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kernels", default=",".join(CONFIGS))
     parser.add_argument("--channels", default=",".join(map(str, CHANNELS)))
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--seconds", type=float, default=480.0, help="after which no further key is begun")
     options = parser.parse_args(arguments)
-    kernels, dtypes = listed(options.kernels, tuple(CONFIGS), "--kernels"), listed(options.dtypes, DTYPES, "--dtypes")
+    kernels, dtypes = (
+        listed(options.kernels, tuple(CONFIGS), "--kernels"),
+        listed(options.dtypes, DTYPES, "--dtypes"),
+    )
     if not all(part.isdigit() for part in options.channels.split(",")):
         sys.exit(f"--channels: expected numbers, comma-separated, got {options.channels!r}")
     if not torch.cuda.is_available():
@@ -160,7 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = keys(kernels, map(int, options.channels.split(",")), dtypes, tuning.device_name(device))
     say = partial(print, flush=True)
     with torch.no_grad():
-        entries = tune(wanted, cuda, graph_clock(device, say=say), lambda found: write(options.out, found, tuning.kernel_versions(cuda)), time.monotonic() + options.seconds, say)
+        entries = tune(
+            wanted,
+            cuda,
+            graph_clock(device, say=say),
+            lambda found: write(options.out, found, tuning.kernel_versions(cuda)),
+            time.monotonic() + options.seconds,
+            say,
+        )
     print(f"{len(entries)} entries in {options.out.name}; use them with FASTCACHE_TUNING={options.out.name}")
 
 

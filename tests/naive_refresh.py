@@ -3,6 +3,7 @@
 Materialised attention maps, a sort per layer, gather and scatter: what the specification says and
 nothing of the engine but the plan itself.
 """
+
 import copy
 
 import torch
@@ -16,7 +17,9 @@ from hosts import inputs
 
 
 @torch.no_grad()
-def run_naively(model: DiT, schedule: Schedule, batch: int = 4, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def run_naively(
+    model: DiT, schedule: Schedule, batch: int = 4, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """Outputs of every step."""
     model = copy.deepcopy(model).to(dtype)
     stored: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
@@ -29,7 +32,11 @@ def run_naively(model: DiT, schedule: Schedule, batch: int = 4, dtype: torch.dty
         c = model.t_embedder(t) + model.y_embedder(y)
         rows = sorted(schedule.refreshed)
         drawn = None
-        if any(action.kind is Kind.REFRESH for action in plan.actions) and not plan.skip and schedule.selection.score in (Score.RANDOM, Score.COMPRESS):
+        if (
+            any(action.kind is Kind.REFRESH for action in plan.actions)
+            and not plan.skip
+            and schedule.selection.score in (Score.RANDOM, Score.COMPRESS)
+        ):
             drawn = torch.rand(len(rows), batch // 2, x.shape[1], generator=generator).repeat(1, 2, 1)
         for number, block in enumerate(model.blocks):
             if plan.skip and number not in plan.run_blocks:
@@ -37,7 +44,11 @@ def run_naively(model: DiT, schedule: Schedule, batch: int = 4, dtype: torch.dty
             shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(6, -1)
             for index, branch in schedule.layout.branches_of(number):
                 name = branch.name
-                body, norm, shift, scale, gate = (block.attn, block.norm1, shift1, scale1, gate1) if name == "attn" else (block.mlp, block.norm2, shift2, scale2, gate2)
+                body, norm, shift, scale, gate = (
+                    (block.attn, block.norm1, shift1, scale1, gate1)
+                    if name == "attn"
+                    else (block.mlp, block.norm2, shift2, scale2, gate2)
+                )
                 action, past = plan.actions[index], stored.setdefault((number, name), [])
                 if action.kind is Kind.COMPUTE:
                     h = norm(x) * (1 + scale) + shift
@@ -47,8 +58,15 @@ def run_naively(model: DiT, schedule: Schedule, batch: int = 4, dtype: torch.dty
                         scores[number] = attention_scores(block.attn, h)
                 elif action.kind is Kind.REFRESH:
                     feature = past[0][1]
-                    score = total_score(schedule, scores.get(number), ages[number, name], x, feature, None if drawn is None else drawn[rows.index(index)])
-                    chosen = score.argsort(dim=1, descending=True, stable=True)[:, :action.tokens]
+                    score = total_score(
+                        schedule,
+                        scores.get(number),
+                        ages[number, name],
+                        x,
+                        feature,
+                        None if drawn is None else drawn[rows.index(index)],
+                    )
+                    chosen = score.argsort(dim=1, descending=True, stable=True)[:, : action.tokens]
                     ages[number, name] = (ages[number, name] + 1).scatter(1, chosen, 0.0)
                     picked = chosen[..., None].expand(-1, -1, x.shape[2])
                     fresh = body(norm(x.gather(1, picked)) * (1 + scale) + shift)
@@ -74,7 +92,9 @@ def attention_scores(attention, h: Tensor) -> dict[Score, Tensor]:
     return {Score.ATTENTION: weights.mean(1).sum(1), Score.KV_NORM: (1 - v.norm(dim=-1)).sum(1)}
 
 
-def total_score(schedule: Schedule, taken: dict | None, age: Tensor, x: Tensor, feature: Tensor, drawn: Tensor | None) -> Tensor:
+def total_score(
+    schedule: Schedule, taken: dict | None, age: Tensor, x: Tensor, feature: Tensor, drawn: Tensor | None
+) -> Tensor:
     selection = schedule.selection
     kind = selection.score
     if kind is Score.COMPRESS:
@@ -84,7 +104,10 @@ def total_score(schedule: Schedule, taken: dict | None, age: Tensor, x: Tensor, 
     elif kind is Score.STRAIGHT:
         base = torch.ones(x.shape[:2])
     else:
-        base = {Score.SIMILARITY: lambda: 1 - F.cosine_similarity(x, feature, dim=-1), Score.NORM: lambda: x.norm(dim=-1)}.get(kind, lambda: taken[kind])()
+        base = {
+            Score.SIMILARITY: lambda: 1 - F.cosine_similarity(x, feature, dim=-1),
+            Score.NORM: lambda: x.norm(dim=-1),
+        }.get(kind, lambda: taken[kind])()
         base = F.normalize(base, dim=-1)
     total = base + selection.age_weight * age
     if selection.cell:
@@ -93,7 +116,7 @@ def total_score(schedule: Schedule, taken: dict | None, age: Tensor, x: Tensor, 
             grid = total[b].view(side, side)
             for i in range(0, side, g):
                 for j in range(0, side, g):
-                    cell = grid[i:i + g, j:j + g]
+                    cell = grid[i : i + g, j : j + g]
                     at = int(cell.reshape(-1).argmax())
                     cell[at // g, at % g] += selection.bonus * cell[at // g, at % g].clone()
     return total

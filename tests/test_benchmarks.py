@@ -1,4 +1,5 @@
 """The benchmarks measure what they say: bytes, values, guards and reports. No test here asserts a speed."""
+
 import json
 import sys
 from pathlib import Path
@@ -77,7 +78,11 @@ def test_the_flagship_is_the_trunk_of_dit_xl_at_batch_2():
 def test_cases_have_unique_names_and_wan_only_single_updates():
     found = cases()
     assert len({case.name for case in found}) == len(found)
-    assert {case.form for case in found if case.size.name.startswith("Wan")} == {Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE}
+    assert {case.form for case in found if case.size.name.startswith("Wan")} == {
+        Form.UPDATE,
+        Form.UPDATE_MODULATE,
+        Form.MODULATE,
+    }
 
 
 @each_dtype
@@ -139,14 +144,19 @@ def test_without_a_compiler_torch_compile_is_absent_with_the_reason(monkeypatch)
 
     monkeypatch.setattr(torch, "compile", broken)
     measured = measure_case(Case(Form.UPDATE, TINY, torch.float32), CPU, ONCE, max_copies=1)
-    assert [(one.provider, one.reason) for one in measured.absent] == [("torch.compile", "RuntimeError: No working C++ compiler found")]
+    assert [(one.provider, one.reason) for one in measured.absent] == [
+        ("torch.compile", "RuntimeError: No working C++ compiler found")
+    ]
     assert [row.provider for row in measured.rows] == ["naive", "best eager", "fastcache", "fastcache eager"]
     assert all(row.vs_compile is None and row.vs_naive is not None for row in measured.rows)
 
 
 def test_ratios_and_gbps_follow_from_the_medians():
     case = Case(Form.UPDATE, TINY, torch.float32)
-    rows = {row.provider: row for row in measure_case(case, CPU, Effort(0.0, 3, 3), (Provider.NAIVE, Provider.OURS), 1).rows}
+    rows = {
+        row.provider: row
+        for row in measure_case(case, CPU, Effort(0.0, 3, 3), (Provider.NAIVE, Provider.OURS), 1).rows
+    }
     naive, ours = rows["naive"], rows["fastcache"]
     assert ours.vs_naive == naive.timing.median_us / ours.timing.median_us
     assert ours.gbps == pytest.approx(case.min_bytes / (ours.timing.median_us * 1e-6) / 1e9)
@@ -155,14 +165,22 @@ def test_ratios_and_gbps_follow_from_the_medians():
 
 def test_every_call_gets_the_next_buffer():
     seen = []
-    contenders = {name: [lambda name=name, buffer=buffer: seen.append(buffer) for buffer in range(3)] for name in "ab"}
+    contenders = {
+        name: [lambda name=name, buffer=buffer: seen.append(buffer) for buffer in range(3)] for name in "ab"
+    }
     measure(contenders, Effort(0.0, 4, 4), CPU)
     assert seen == [turn % 3 for turn in range(len(seen))] and len(seen) == 2 * (4 + 1)
 
 
 def test_timing_is_median_and_tenths():
     timing = Timing.of([sample * 1e-6 for sample in range(1, 12)])
-    assert (timing.median_us, timing.p10_us, timing.p90_us, timing.best_us, timing.rounds) == (6, 2, 10, 1, 11)
+    assert (timing.median_us, timing.p10_us, timing.p90_us, timing.best_us, timing.rounds) == (
+        6,
+        2,
+        10,
+        1,
+        11,
+    )
 
 
 def test_every_way_of_a_session_computes_what_the_original_computes():
@@ -183,18 +201,49 @@ def test_a_quick_run_writes_numbers_tables_and_picture(tmp_path, capsys):
     main(["--quick", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "bench.json").read_text())
     where = report["machine"]["environment"]
-    assert all(where[key] for key in ("processor", "threads", "torch", "fastcache", "backend")) and report["machine"]["date"]
+    assert (
+        all(where[key] for key in ("processor", "threads", "torch", "fastcache", "backend"))
+        and report["machine"]["date"]
+    )
     assert report["machine"]["fastcache_cpu_capability"] and report["machine"]["torch_cpu_capability"]
     assert len(report["forms"]) == len(cases((TINY,))) * (len(Provider) - 1)
     assert all(row["bytes"] and row["gbps"] and row["share_of_copy"] for row in report["forms"])
     assert {row["mode"] for row in report["dispatch"]} == {"grad", "no_grad", "inference_mode"}
     assert {row["way"] for row in report["session"]} == {way.value for way in Way}
-    assert report["blocks"] and all(row["bytes"] and row["gbps"] and row["floor_us"] for row in report["blocks"])
-    assert {row["provider"] for row in report["choices"]} == {"naive", "topk per layer", "best eager", "fastcache"}
-    assert {row["method"] for row in report["methods"]} == {"uncached", "ToCa", "DuCa", "TaylorSeer", "SmoothCache"} and all(kind["floors"] for row in report["methods"] for kind in row["kinds"])
+    assert report["blocks"] and all(
+        row["bytes"] and row["gbps"] and row["floor_us"] for row in report["blocks"]
+    )
+    assert {row["provider"] for row in report["choices"]} == {
+        "naive",
+        "topk per layer",
+        "best eager",
+        "fastcache",
+    }
+    assert {row["method"] for row in report["methods"]} == {
+        "uncached",
+        "ToCa",
+        "DuCa",
+        "TaylorSeer",
+        "SmoothCache",
+    } and all(kind["floors"] for row in report["methods"] for kind in row["kinds"])
     assert report["flagship"]["rows"] and all(row["threads"] == 1 for row in report["flagship"]["rows"])
     text = (tmp_path / "bench.md").read_text()
-    assert all(heading in text for heading in ("# FastCache benchmarks", "## Flagship", "## Operators", "## Lost", "## Dispatch", "## Session", "## Partial block, stream", "## Partial block, block", "## Choice of tokens", "## Methods: generations", "## Methods: steps"))
+    assert all(
+        heading in text
+        for heading in (
+            "# FastCache benchmarks",
+            "## Flagship",
+            "## Operators",
+            "## Lost",
+            "## Dispatch",
+            "## Session",
+            "## Partial block, stream",
+            "## Partial block, block",
+            "## Choice of tokens",
+            "## Methods: generations",
+            "## Methods: steps",
+        )
+    )
     assert str(tmp_path) not in text
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
@@ -213,14 +262,24 @@ OPERATOR_CASES = operator_cases((40,), (24,), 64, 4, 2)
 def test_every_operator_on_tokens_is_measured_against_every_contender():
     providers = [provider for provider in Provider if provider is not Provider.COMPILED]
     rows, absent = measure_operators(OPERATOR_CASES, CPU, ONCE, providers)
-    assert not absent and {row.operator for row in rows} == {"select_tokens_", "row_score", "value_norm", "relative_error", "attention_received"}
-    assert {(row.case, row.provider) for row in rows} == {(case.name, provider.value) for case in OPERATOR_CASES for provider in providers}
+    assert not absent and {row.operator for row in rows} == {
+        "select_tokens_",
+        "row_score",
+        "value_norm",
+        "relative_error",
+        "attention_received",
+    }
+    assert {(row.case, row.provider) for row in rows} == {
+        (case.name, provider.value) for case in OPERATOR_CASES for provider in providers
+    }
     assert all(row.vs_naive > 0 and row.vs_compile is None for row in rows)
 
 
 def test_least_bytes_of_a_choice_are_those_counted_by_hand():
     case = OPERATOR_CASES[0]
-    assert case.bytes == 4 * 40 * 4 * 4 + 4 * 4 * 12 + 4 * 4  # score in, age in and out, slots out; index; counts
+    assert (
+        case.bytes == 4 * 40 * 4 * 4 + 4 * 4 * 12 + 4 * 4
+    )  # score in, age in and out, slots out; index; counts
 
 
 def test_a_contender_that_chooses_other_tokens_stops_the_run():

@@ -1,4 +1,5 @@
 """The baselines of the benchmarks compute what the originals compute, in as many operators as the originals take."""
+
 import sys
 from pathlib import Path
 
@@ -66,7 +67,11 @@ def test_original_toca_and_duca_equal_ours(policy: fastcache.Policy) -> None:
         assert_close([model(*inputs(step)) for step in range(STEPS)], outputs)
 
 
-@pytest.mark.parametrize("policy", [fastcache.TaylorSeer(3, 2), fastcache.TaylorSeer(2, 4), fastcache.TaylorSeer(3, 0, first_enhance=1)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [fastcache.TaylorSeer(3, 2), fastcache.TaylorSeer(2, 4), fastcache.TaylorSeer(3, 0, first_enhance=1)],
+    ids=str,
+)
 def test_original_taylorseer_equals_ours(policy: fastcache.TaylorSeer) -> None:
     model = small_dit()
     original = OriginalTaylorSeer(model, policy.full_steps(STEPS), policy.max_order)
@@ -88,12 +93,24 @@ def by_block(policy: fastcache.Policy, original, steps: int) -> dict[str, float]
 
 
 def test_blocks_of_the_originals_take_as_many_operators_as_the_specification_counts() -> None:
-    toca = by_block(fastcache.ToCa(3, 0.3), lambda model, policy, steps: OriginalToCa(model, policy.schedule(steps, LAYOUT(model))), 12)
+    toca = by_block(
+        fastcache.ToCa(3, 0.3),
+        lambda model, policy, steps: OriginalToCa(model, policy.schedule(steps, LAYOUT(model))),
+        12,
+    )
     assert 30 < toca["partial"] <= 42 - 7  # 7 of 42 are the scalars that were left out
     assert 20 < toca["full"] <= 38
-    duca = by_block(fastcache.DuCa(3, 0.3, cache_type="kv-norm"), lambda model, policy, steps: OriginalToCa(model, policy.schedule(steps, LAYOUT(model))), 12)
+    duca = by_block(
+        fastcache.DuCa(3, 0.3, cache_type="kv-norm"),
+        lambda model, policy, steps: OriginalToCa(model, policy.schedule(steps, LAYOUT(model))),
+        12,
+    )
     assert 30 < duca["partial"] <= 46 - 7 and duca["skip"] == 0
-    taylor = by_block(fastcache.TaylorSeer(), lambda model, policy, steps: OriginalTaylorSeer(model, policy.full_steps(steps), policy.max_order), 22)
+    taylor = by_block(
+        fastcache.TaylorSeer(),
+        lambda model, policy, steps: OriginalTaylorSeer(model, policy.full_steps(steps), policy.max_order),
+        22,
+    )
     assert taylor["forecast"] == 36
 
 
@@ -102,9 +119,17 @@ def test_the_worked_example_of_the_specification_chooses_its_tokens() -> None:
     counts = torch.zeros(1, 16, dtype=torch.int32)
     counts[0, [1, 10, 11]], counts[0, 4] = 1, 2
     before = counts.clone()
-    chosen = choose(received, counts, 4, Selection("attention", 0.25 / 3, 2, 0.6), {"soft_fresh_weight": 0.25, "fresh_threshold": 3})
+    chosen = choose(
+        received,
+        counts,
+        4,
+        Selection("attention", 0.25 / 3, 2, 0.6),
+        {"soft_fresh_weight": 0.25, "fresh_threshold": 3},
+    )
     assert chosen.tolist() == [[6, 15, 8, 0]]
-    assert counts.tolist() == [[0 if token in (6, 15, 8, 0) else count + 1 for token, count in enumerate(before[0].tolist())]]
+    assert counts.tolist() == [
+        [0 if token in (6, 15, 8, 0) else count + 1 for token, count in enumerate(before[0].tolist())]
+    ]
 
 
 def test_a_score_that_the_baseline_lacks_is_refused() -> None:

@@ -1,4 +1,5 @@
 """`make report`: what is drawn of a committed run. The runs here are made up, with numbers that no machine gave."""
+
 import json
 import sys
 from pathlib import Path
@@ -16,14 +17,37 @@ ROW = {
 
 
 def row(contender: str, median: float, share: float, vs_compile: float, **changes: object) -> dict:
-    timing = {"median_us": median, "p10_us": 0.9 * median, "p90_us": 1.1 * median, "best_us": 0.9 * median, "rounds": 9}
-    return ROW | {"contender": contender, "timing": timing, "gbps": 1e-3 * ROW["bytes"] / median, "share_of_copy": share, "vs_compile": vs_compile} | changes
+    timing = {
+        "median_us": median,
+        "p10_us": 0.9 * median,
+        "p90_us": 1.1 * median,
+        "best_us": 0.9 * median,
+        "rounds": 9,
+    }
+    return (
+        ROW
+        | {
+            "contender": contender,
+            "timing": timing,
+            "gbps": 1e-3 * ROW["bytes"] / median,
+            "share_of_copy": share,
+            "vs_compile": vs_compile,
+        }
+        | changes
+    )
 
 
 def made_up(**changes: object) -> dict:
     """A run of a machine that does not exist."""
     timing = {"median_us": 1000.0, "p10_us": 900.0, "p90_us": 1100.0, "best_us": 900.0, "rounds": 3}
-    step = {"batch": 1, "generation": timing, "steps": {"full": timing}, "launches": {"full": 9}, "peak_bytes": 2_000_000_000, "error": None}
+    step = {
+        "batch": 1,
+        "generation": timing,
+        "steps": {"full": timing},
+        "launches": {"full": 9},
+        "peak_bytes": 2_000_000_000,
+        "error": None,
+    }
     burst = {"copy_gbps": 1000.0, "read_gbps": 1100.0}
     stages = {
         "tests": {"status": "failed", "reason": "1 tests failed", "wall_s": 3.0, "counts": {"passed": 5, "failed": 1, "skipped": 2}, "failures": [{"test": "test_x", "error": "E  assert"}], "skipped": {"one GPU": 2}},
@@ -39,7 +63,13 @@ def made_up(**changes: object) -> dict:
             "graphs": [{"batch": 1, "replay": timing | {"median_us": 99.0}, "floor_us": 16.0, "target_us": 78.4, "launches": 8}],
         },
     }  # fmt: skip
-    return {"format": 1, "dry_run": False, "begun": "2000-01-01T00:00:00+00:00", "machine": {"gpus": ["Made-up GPU"], "versions": {"torch": "0.0"}}, "stages": stages} | changes
+    return {
+        "format": 1,
+        "dry_run": False,
+        "begun": "2000-01-01T00:00:00+00:00",
+        "machine": {"gpus": ["Made-up GPU"], "versions": {"torch": "0.0"}},
+        "stages": stages,
+    } | changes
 
 
 @pytest.fixture
@@ -56,9 +86,21 @@ def report(folder: Path, content: dict) -> str:
 
 def test_a_run_gives_a_page_and_a_picture(folder: Path, capsys: pytest.CaptureFixture) -> None:
     text = report(folder, made_up())
-    assert "Made-up GPU. torch 0.0. Begun 2000-01-01" in text and "Copy bandwidth of this run, bytes read plus written: 1000 GB/s" in text
+    assert (
+        "Made-up GPU. torch 0.0. Begun 2000-01-01" in text
+        and "Copy bandwidth of this run, bytes read plus written: 1000 GB/s" in text
+    )
     assert (folder.parent / "out" / "made-up-20000101.png").read_bytes().startswith(b"\x89PNG")
-    for heading in ("## Targets from 60 MB up", "## Operators: FastCache in every case", "## Lost", "## trunk: ", "## End to end: Made-up model", "## The reuse step in a CUDA graph", "## Not measured", "## Checks"):
+    for heading in (
+        "## Targets from 60 MB up",
+        "## Operators: FastCache in every case",
+        "## Lost",
+        "## trunk: ",
+        "## End to end: Made-up model",
+        "## The reuse step in a CUDA graph",
+        "## Not measured",
+        "## Checks",
+    ):
         assert heading in text
 
 
@@ -67,29 +109,51 @@ def test_lost_rows_are_bold_and_listed(folder: Path, capsys: pytest.CaptureFixtu
     assert "## Lost: 2 of 8 comparisons" in text
     assert "- trunk-dit-256-b2-bf16, fastcache cuda: torch.compile is 1.11x faster" in text
     assert "- trunk-dit-256-b2-bf16, fastcache cuda: somebody's kernel is 1.25x faster" in text
-    assert "**0.90**" in text and "| trunk | DiT-256 B2 | fastcache cuda | 69% | 87% | **missed** |" in text and "| trunk | DiT-256 B2 | fastcache triton | 92% | 87% | met |" in text
+    assert (
+        "**0.90**" in text
+        and "| trunk | DiT-256 B2 | fastcache cuda | 69% | 87% | **missed** |" in text
+        and "| trunk | DiT-256 B2 | fastcache triton | 92% | 87% | met |" in text
+    )
     assert "| 1 | 99.0 | 16.0 | 78.4 | **missed** | 8 |" in text
 
 
 def test_what_was_not_measured_or_failed_is_shown(folder: Path, capsys: pytest.CaptureFixture) -> None:
     text = report(folder, made_up())
     assert "- all contenders: the budget of the stage was used up: update-dit-256-b2-bf16" in text
-    assert "| kernels | stopped | - | stopped after 158 s |" in text and "- failed: test_x: E  assert" in text and "- tests: 5 passed, 1 failed, 2 skipped" in text
+    assert (
+        "| kernels | stopped | - | stopped after 158 s |" in text
+        and "- failed: test_x: E  assert" in text
+        and "- tests: 5 passed, 1 failed, 2 skipped" in text
+    )
 
 
-def test_a_run_that_ended_before_the_kernels_has_a_page_without_a_picture(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_ended_before_the_kernels_has_a_page_without_a_picture(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     content = made_up()
     content["stages"] = {"build": {"status": "failed", "reason": "nvcc was not found"}}
     assert "| build | failed | - | nvcc was not found |" in report(folder, content)
     assert not (folder.parent / "out" / "made-up-20000101.png").exists()
 
 
-def test_an_empty_folder_says_that_nothing_was_measured_and_how_to(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_empty_folder_says_that_nothing_was_measured_and_how_to(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     main(["--results", str(folder), "--out", str(folder.parent / "out")])
-    assert "no GPU result is committed yet" in capsys.readouterr().out and not (folder.parent / "out").exists()
+    assert (
+        "no GPU result is committed yet" in capsys.readouterr().out and not (folder.parent / "out").exists()
+    )
 
 
-@pytest.mark.parametrize(("content", "reason"), [(made_up(dry_run=True), "is a dry run, which measures nothing"), (made_up(format=99), "expected a result of benchmarks/gpu_gate.sh of format 1"), ([], "expected a result")], ids=["dry-run", "format", "list"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (made_up(dry_run=True), "is a dry run, which measures nothing"),
+        (made_up(format=99), "expected a result of benchmarks/gpu_gate.sh of format 1"),
+        ([], "expected a result"),
+    ],
+    ids=["dry-run", "format", "list"],
+)
 def test_what_is_no_measurement_is_refused(content: object, reason: str, folder: Path) -> None:
     (folder / "x.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match=reason):

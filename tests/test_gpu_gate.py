@@ -1,4 +1,5 @@
 """The GPU gate without a GPU: limits, partial results, what is missing, and a rehearsal of its stages."""
+
 import json
 import sys
 from dataclasses import asdict
@@ -11,7 +12,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
 from benchmarks.cases import TINY, Case, Form, cases  # noqa: E402
-from benchmarks.gate import __main__ as gate, build, contenders, end_to_end, kernels, prerequisites, sanitized, sanitizer, ways  # noqa: E402
+from benchmarks.gate import (
+    __main__ as gate,
+    build,
+    contenders,
+    end_to_end,
+    kernels,
+    prerequisites,
+    sanitized,
+    sanitizer,
+    ways,
+)  # noqa: E402
 from benchmarks.gate.prerequisites import Tool  # noqa: E402
 from benchmarks.gate.results import Results  # noqa: E402
 from benchmarks.gate.stage import Failed, Stage  # noqa: E402
@@ -27,7 +38,12 @@ COPY = Bandwidth(1, 1, 10.0, 20.0, Timing(1, 1, 1, 1, 1), Timing(1, 1, 1, 1, 1))
 def stage(tmp_path: Path, name: str, *, dry_run: bool = True, seconds: float = 60.0) -> Stage:
     import time
 
-    return Stage(name, Results.new(tmp_path / "gate.json", dry_run=dry_run, machine={}), dry_run, time.monotonic() + seconds)
+    return Stage(
+        name,
+        Results.new(tmp_path / "gate.json", dry_run=dry_run, machine={}),
+        dry_run,
+        time.monotonic() + seconds,
+    )
 
 
 def found(tmp_path: Path) -> dict:
@@ -43,9 +59,18 @@ def test_the_default_budgets_fit_into_one_call_of_nine_minutes() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--only", "build,fly"], "--only: expected some of build, tests, sanitizer, kernels, end_to_end, got 'build,fly'"), (["--seconds", "fly=3"], "--seconds: expected STAGE=N"), (["--seconds", "build=x"], "--seconds: expected STAGE=N")],
+    [
+        (
+            ["--only", "build,fly"],
+            "--only: expected some of build, tests, sanitizer, kernels, end_to_end, got 'build,fly'",
+        ),
+        (["--seconds", "fly=3"], "--seconds: expected STAGE=N"),
+        (["--seconds", "build=x"], "--seconds: expected STAGE=N"),
+    ],
 )
-def test_a_bad_option_is_refused_by_name(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_bad_option_is_refused_by_name(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit):
         gate.parsed(arguments)
     assert message in capsys.readouterr().err
@@ -56,15 +81,22 @@ def test_stages_and_budgets_can_be_chosen() -> None:
     assert options.stages == ["tests", "kernels"] and options.budgets == gate.STAGES | {"kernels": 300}
 
 
-def test_without_a_gpu_it_says_so_and_names_the_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so_and_names_the_dry_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(gate, "facts", lambda: {"gpus": [], "absent": {}})
     with pytest.raises(SystemExit, match="nvidia-smi finds no GPU here. Use --dry-run"):
         gate.main(["--out", str(tmp_path / "gate.json")])
 
 
 def test_a_missing_package_is_named_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "missing_packages", lambda: {"pytest": "the stages tests and sanitizer need it"})
-    with pytest.raises(SystemExit, match=r"missing packages: pytest \(the stages tests and sanitizer need it\). Fix: pip install pytest"):
+    monkeypatch.setattr(
+        gate, "missing_packages", lambda: {"pytest": "the stages tests and sanitizer need it"}
+    )
+    with pytest.raises(
+        SystemExit,
+        match=r"missing packages: pytest \(the stages tests and sanitizer need it\). Fix: pip install pytest",
+    ):
         gate.main(["--dry-run"])
 
 
@@ -74,14 +106,23 @@ def one_stage(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, second
     run = gate.stopped_after
     program = f"import sys, time, os\nfrom pathlib import Path\nfrom benchmarks.gate.results import Results\nResults(Path({str(tmp_path / 'gate.json')!r})).add('kernels', 'cases', 1)\n{code}"
     monkeypatch.setattr(gate, "GRACE", 0)
-    monkeypatch.setattr(gate, "stopped_after", lambda command, limit: run([sys.executable, "-c", program], limit))
+    monkeypatch.setattr(
+        gate, "stopped_after", lambda command, limit: run([sys.executable, "-c", program], limit)
+    )
     gate.run_stage("kernels", seconds, False, tmp_path / "gate.json")
     return found(tmp_path)["kernels"]
 
 
-def test_a_stage_that_is_stopped_at_its_limit_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_stage_that_is_stopped_at_its_limit_keeps_what_it_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     kept = one_stage("time.sleep(60)", monkeypatch, tmp_path, seconds=2)
-    assert kept["status"] == "stopped" and kept["cases"] == [1] and "stopped after 2 s" in kept["reason"] and kept["wall_s"] < 20
+    assert (
+        kept["status"] == "stopped"
+        and kept["cases"] == [1]
+        and "stopped after 2 s" in kept["reason"]
+        and kept["wall_s"] < 20
+    )
 
 
 def test_a_stage_that_crashes_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -96,7 +137,14 @@ def test_the_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     results.add("kernels", "cases", 1)
     before = (tmp_path / "gate.json").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "replace", lambda path, target: seen.append((json.loads(path.read_text()), (tmp_path / "gate.json").read_text())) or write(path, target))
+        patch.setattr(
+            Path,
+            "replace",
+            lambda path, target: (
+                seen.append((json.loads(path.read_text()), (tmp_path / "gate.json").read_text()))
+                or write(path, target)
+            ),
+        )
         results.add("kernels", "cases", 2)
     assert seen[0][0]["stages"]["kernels"]["cases"] == [1, 2] and seen[0][1] == before
     assert [path.name for path in tmp_path.iterdir()] == ["gate.json"]
@@ -110,11 +158,22 @@ def test_the_facts_name_no_path_of_the_machine() -> None:
 # --- build, tests, sanitizer ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("absent", "fix"), [("cmake", "pip install cmake ninja"), ("nvcc", "install the CUDA toolkit")])
-def test_a_build_without_its_tools_fails_with_the_fix(absent: str, fix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("absent", "fix"), [("cmake", "pip install cmake ninja"), ("nvcc", "install the CUDA toolkit")]
+)
+def test_a_build_without_its_tools_fails_with_the_fix(
+    absent: str, fix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     original = prerequisites.tool
-    monkeypatch.setattr(build, "tool", lambda name: Tool(name, "", original(name).fix) if name == absent else Tool(name, "/bin/true", ""))
-    with pytest.raises(Failed, match=f"{absent} was not found, so the CUDA kernels are not built and only Triton is tested and measured. Fix: .*{fix}"):
+    monkeypatch.setattr(
+        build,
+        "tool",
+        lambda name: Tool(name, "", original(name).fix) if name == absent else Tool(name, "/bin/true", ""),
+    )
+    with pytest.raises(
+        Failed,
+        match=f"{absent} was not found, so the CUDA kernels are not built and only Triton is tested and measured. Fix: .*{fix}",
+    ):
         build.build(stage(tmp_path, "build"))
 
 
@@ -122,11 +181,20 @@ def test_a_build_without_its_tools_fails_with_the_fix(absent: str, fix: str, mon
 def test_a_setuptools_that_setup_py_refuses_is_gone_around(version: str, old: bool) -> None:
     assert build.too_old(version) is old
     configure, make = build.with_cmake("90-real")
-    assert "-DFASTCACHE_CUDA=1" in configure and "-DFASTCACHE_CUDA_ARCHS=90-real" in configure and "--build" in make
+    assert (
+        "-DFASTCACHE_CUDA=1" in configure
+        and "-DFASTCACHE_CUDA_ARCHS=90-real" in configure
+        and "--build" in make
+    )
 
 
 def test_a_failed_build_is_named_by_its_first_error() -> None:
-    assert build.first_error("-- Configuring\nCMake Error at CMakeLists.txt:89 (enable_language):\n  no such compiler\nmore\nCMake Error again") == "CMake Error at CMakeLists.txt:89 (enable_language): no such compiler"
+    assert (
+        build.first_error(
+            "-- Configuring\nCMake Error at CMakeLists.txt:89 (enable_language):\n  no such compiler\nmore\nCMake Error again"
+        )
+        == "CMake Error at CMakeLists.txt:89 (enable_language): no such compiler"
+    )
     assert build.first_error("one\ntwo\nthree") == "two three" and build.first_error("") == ""
 
 
@@ -140,7 +208,13 @@ class Report:
 
 def test_tests_are_counted_and_failures_named_as_they_come(tmp_path: Path) -> None:
     progress = Progress(stage(tmp_path, "tests"))
-    for report in (Report("setup", "passed"), Report("call", "passed"), Report("teardown", "passed"), Report("setup", "skipped", "one GPU"), Report("call", "failed", "trace\nE  assert 1 == 2")):
+    for report in (
+        Report("setup", "passed"),
+        Report("call", "passed"),
+        Report("teardown", "passed"),
+        Report("setup", "skipped", "one GPU"),
+        Report("call", "failed", "trace\nE  assert 1 == 2"),
+    ):
         progress.pytest_runtest_logreport(report)
     progress.save()
     kept = found(tmp_path)["tests"]
@@ -148,10 +222,15 @@ def test_tests_are_counted_and_failures_named_as_they_come(tmp_path: Path) -> No
     assert kept["failures"] == [{"test": "tests/gpu/test_x.py::test_y", "error": "E  assert 1 == 2"}]
 
 
-def test_without_compute_sanitizer_the_stage_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_compute_sanitizer_the_stage_is_skipped_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sanitizer, "tool", lambda name: Tool(name, "", "it comes with the CUDA toolkit"))
     sanitizer.sanitizer(stage(tmp_path, "sanitizer", dry_run=False))
-    assert found(tmp_path)["sanitizer"]["skipped"] == "compute-sanitizer was not found; it comes with the CUDA toolkit"
+    assert (
+        found(tmp_path)["sanitizer"]["skipped"]
+        == "compute-sanitizer was not found; it comes with the CUDA toolkit"
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +239,11 @@ def test_without_compute_sanitizer_the_stage_is_skipped_with_the_reason(monkeypa
         (0, "12 calls of cuda on cuda: ok\n========= ERROR SUMMARY: 0 errors", "clean"),
         (86, "12 calls of cuda on cuda: ok\n========= ERROR SUMMARY: 3 errors", "status 86: 3 errors"),
         (1, "AssertionError: x: 3 elements off", "status 1: no summary"),
-        (255, "========= Error: Device not supported. Please refer", "cannot run on this machine: Error: Device not supported. Please refer"),
+        (
+            255,
+            "========= Error: Device not supported. Please refer",
+            "cannot run on this machine: Error: Device not supported. Please refer",
+        ),
     ],
 )
 def test_a_sanitizer_is_believed_only_if_the_calls_ended_well(code: int, output: str, verdict: str) -> None:
@@ -169,8 +252,18 @@ def test_a_sanitizer_is_believed_only_if_the_calls_ended_well(code: int, output:
 
 def test_the_sanitizer_watches_every_kind_of_kernel_path() -> None:
     forms = sanitized.calls()
-    assert {bool(form.norm) for form in forms} == {bool(form.slot) for form in forms} == {form.slot == "float8_e4m3fn" for form in forms} == {True, False}
-    assert any(form.reference for form in forms) and any(form.rows for form in forms) and any(form.channels % 4 for form in forms) and any(form.channels >= 3072 for form in forms)
+    assert (
+        {bool(form.norm) for form in forms}
+        == {bool(form.slot) for form in forms}
+        == {form.slot == "float8_e4m3fn" for form in forms}
+        == {True, False}
+    )
+    assert (
+        any(form.reference for form in forms)
+        and any(form.rows for form in forms)
+        and any(form.channels % 4 for form in forms)
+        and any(form.channels >= 3072 for form in forms)
+    )
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -180,7 +273,14 @@ def test_the_cases_decide_first_and_cover_every_form_and_size_of_the_design() ->
     found_ = kernels.gate_cases(dry_run=False)
     assert len({case.name for case in found_}) == len(found_)
     assert {case.form for case in found_} == set(Form)
-    assert {case.size.name for case in found_} == {"DiT-256 B2", "DiT-256 B8", "DiT-256 B64", "PixArt-1024 B2", "FLUX B1", "Wan-480p B1"}
+    assert {case.size.name for case in found_} == {
+        "DiT-256 B2",
+        "DiT-256 B8",
+        "DiT-256 B64",
+        "PixArt-1024 B2",
+        "FLUX B1",
+        "Wan-480p B1",
+    }
     decisive = [case.form in kernels.DECISIVE for case in found_ if case.dtype is torch.bfloat16]
     assert decisive == sorted(decisive, reverse=True)
 
@@ -189,21 +289,37 @@ def test_the_cases_decide_first_and_cover_every_form_and_size_of_the_design() ->
 def test_a_rehearsed_case_has_every_contender_or_the_reason_why_not(form: Form) -> None:
     with torch.no_grad():
         rows, absent = kernels.measure_gate_case(Case(form, TINY, torch.bfloat16), CPU, COPY, 100.0, ONCE)
-    assert [row.contender for row in rows] == ["naive", "best eager", "torch.compile", "torch.compile autotuned", "fastcache cuda", "fastcache triton"]
+    assert [row.contender for row in rows] == [
+        "naive",
+        "best eager",
+        "torch.compile",
+        "torch.compile autotuned",
+        "fastcache cuda",
+        "fastcache triton",
+    ]
     assert {one.provider for one in absent} == {"sglang triton", "fastvideo triton", "liger triton"}
     own = {row.contender: row for row in rows}
     for row in rows:
-        assert row.share_of_copy == pytest.approx(row.gbps / 10) and row.share_of_datasheet == pytest.approx(row.gbps / 100)
+        assert row.share_of_copy == pytest.approx(row.gbps / 10) and row.share_of_datasheet == pytest.approx(
+            row.gbps / 100
+        )
         assert row.vs_naive == pytest.approx(own["naive"].timing.median_us / row.timing.median_us)
         assert row.host_us > 0 and row.error < 1e-2 and asdict(row)
 
 
-def test_a_contender_with_wrong_values_is_not_timed_and_fails_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_contender_with_wrong_values_is_not_timed_and_fails_the_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(contenders.OURS, Form.UPDATE, lambda inputs: lambda: (inputs.x, None, None))
     monkeypatch.setattr(kernels, "gate_cases", lambda dry_run: [Case(Form.UPDATE, TINY, torch.bfloat16)])
     with pytest.raises(Failed, match="wrong values, so not timed: update-tiny-b2-bf16: fastcache cuda"):
         kernels.kernels(stage(tmp_path, "kernels"))
-    assert set(found(tmp_path)["kernels"]["cases"][0]["ran"]) == {"naive", "best eager", "torch.compile", "torch.compile autotuned"}
+    assert set(found(tmp_path)["kernels"]["cases"][0]["ran"]) == {
+        "naive",
+        "best eager",
+        "torch.compile",
+        "torch.compile autotuned",
+    }
 
 
 def test_a_dry_run_keeps_no_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,25 +327,44 @@ def test_a_dry_run_keeps_no_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     kernels.kernels(stage(tmp_path, "kernels"))
     end_to_end.end_to_end(stage_ := stage(tmp_path, "end_to_end"))
     text = json.dumps(stage_.results.content)
-    assert "median_us" not in text and "gbps" not in text and {one["way"] for one in stage_.results.stage("end_to_end")["ways"]} == {way.name for way in ways.WAYS}
+    assert (
+        "median_us" not in text
+        and "gbps" not in text
+        and {one["way"] for one in stage_.results.stage("end_to_end")["ways"]}
+        == {way.name for way in ways.WAYS}
+    )
 
 
-def test_a_spent_budget_leaves_every_case_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spent_budget_leaves_every_case_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late = stage(tmp_path, "kernels", dry_run=False, seconds=0.0)
     monkeypatch.setattr(kernels, "measure_bandwidth", lambda *args, **kwargs: COPY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     with pytest.raises(Failed, match="no case was measured"):
         kernels.kernels(late)
     absent = found(tmp_path)["kernels"]["absent"]
-    assert len(absent) == len(kernels.gate_cases(False)) and {one["reason"] for one in absent} == {"the budget of the stage was used up"}
+    assert len(absent) == len(kernels.gate_cases(False)) and {one["reason"] for one in absent} == {
+        "the budget of the stage was used up"
+    }
 
 
-@pytest.mark.parametrize(("name", "gbps"), [("NVIDIA H200", 4800.0), ("NVIDIA H100 80GB HBM3", 3350.0), ("NVIDIA A100-SXM4-80GB", 2039.0), ("Some GPU", None)])
+@pytest.mark.parametrize(
+    ("name", "gbps"),
+    [
+        ("NVIDIA H200", 4800.0),
+        ("NVIDIA H100 80GB HBM3", 3350.0),
+        ("NVIDIA A100-SXM4-80GB", 2039.0),
+        ("Some GPU", None),
+    ],
+)
 def test_the_datasheet_is_looked_up_by_name(name: str, gbps: float | None) -> None:
     assert kernels.datasheet_gbps(name) == gbps
 
 
-def test_a_peer_takes_part_when_its_file_is_named_and_computes_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_peer_takes_part_when_its_file_is_named_and_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "scale_residual.py").write_text(
         "import torch.nn.functional as F\n"
         "def fused_scale_residual_norm_scale_shift_triton(*, residual, x, gate, shift, scale, weight, bias, eps):\n"
@@ -265,7 +400,9 @@ def test_a_replay_uses_every_buffer_equally_often_and_scales_to_one_call() -> No
 # --- end to end -----------------------------------------------------------------------------------
 
 
-def test_a_way_that_computes_something_else_fails_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_way_that_computes_something_else_fails_the_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from fastcache import FORA
 
     wrong = ways.Way("wrong", ways.session(FORA(interval=4), begun=True), exact=ways.UNCACHED)

@@ -1,4 +1,5 @@
 """The tuner: what it measures, what it keeps, and that a limit loses nothing that was found. Nothing here is a speed."""
+
 import json
 import sys
 from pathlib import Path
@@ -20,14 +21,23 @@ KEYS = [Key("triton.sum", "cpu", 64, "float32", terms, 2) for terms in (0, 1, 2)
 
 def pretended(times: dict[str, float], heuristic: float = 10.0):
     """A clock without a GPU: 20 us for every configuration that is not named."""
-    return lambda key, configs: {name: heuristic if config is None else times.get(name, 20.0) for name, config in configs.items()}
+    return lambda key, configs: {
+        name: heuristic if config is None else times.get(name, 20.0) for name, config in configs.items()
+    }
 
 
 def test_the_fastest_configuration_is_kept_with_both_times() -> None:
     best = SUM_CONFIGS[3]
     saved: list[int] = []
-    entries = tune(KEYS, None, pretended({str(best): 7.0, str(SUM_CONFIGS[4]): 8.0}), lambda found: saved.append(len(found)))
-    assert [(entry.key, entry.config, entry.median_us, entry.heuristic_us) for entry in entries] == [(key, best, 7.0, 10.0) for key in KEYS]
+    entries = tune(
+        KEYS,
+        None,
+        pretended({str(best): 7.0, str(SUM_CONFIGS[4]): 8.0}),
+        lambda found: saved.append(len(found)),
+    )
+    assert [(entry.key, entry.config, entry.median_us, entry.heuristic_us) for entry in entries] == [
+        (key, best, 7.0, 10.0) for key in KEYS
+    ]
     assert saved == [1, 2, 3]
 
 
@@ -50,18 +60,31 @@ def test_a_limit_keeps_what_was_found_and_says_what_is_left() -> None:
 
 def test_a_written_table_is_one_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    entries = tune(KEYS, None, pretended({str(SUM_CONFIGS[3]): 7.0}), lambda found: write(path, found, tuning.kernel_versions(None)))
-    assert decoded(json.loads(path.read_text()), "table", None) == {entry.key: entry.config for entry in entries}
+    entries = tune(
+        KEYS,
+        None,
+        pretended({str(SUM_CONFIGS[3]): 7.0}),
+        lambda found: write(path, found, tuning.kernel_versions(None)),
+    )
+    assert decoded(json.loads(path.read_text()), "table", None) == {
+        entry.key: entry.config for entry in entries
+    }
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
 
 
 def test_keys_come_small_before_large_and_fit_into_memory() -> None:
     found = keys(("triton.sum", "triton.row"), (1152, 5120), ("bfloat16",), "cpu")
     assert [key.rows for key in found] == sorted(key.rows for key in found)
-    assert {key.terms for key in found if key.kernel == "triton.row"} == {0, 1} and {key.terms for key in found if key.kernel == "triton.sum"} == {0, 1, 2, 3}
+    assert {key.terms for key in found if key.kernel == "triton.row"} == {0, 1} and {
+        key.terms for key in found if key.kernel == "triton.sum"
+    } == {0, 1, 2, 3}
     for key in found:
         case = case_of(key)
-        assert (term_bucket(case.terms), row_bucket(case.size.batch * case.size.tokens), case.size.channels) == (key.terms, key.rows, key.channels)
+        assert (
+            term_bucket(case.terms),
+            row_bucket(case.size.batch * case.size.tokens),
+            case.size.channels,
+        ) == (key.terms, key.rows, key.channels)
         assert case.tensor_bytes * (case.terms + 2) <= 24e9
     assert all(term_bucket(features) == bucket for bucket, features in TERMS.items())
 

@@ -1,4 +1,5 @@
 """Part of the stage `kernels`: partial blocks and the choice of tokens for a whole step, by graph replay."""
+
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -64,7 +65,12 @@ class Entrant:
 def gate_block_cases(*, dry_run: bool) -> list[BlockCase]:
     """bf16, the stream alone before the whole block, common shares of tokens before rare ones."""
     sizes = (TINY,) if dry_run else GPU_SIZES
-    return [BlockCase(work, size, share, torch.bfloat16) for work in Work for share in GPU_SHARES for size in sizes]
+    return [
+        BlockCase(work, size, share, torch.bfloat16)
+        for work in Work
+        for share in GPU_SHARES
+        for size in sizes
+    ]
 
 
 def gate_choice_cases(*, dry_run: bool) -> list[ChoiceCase]:
@@ -72,19 +78,34 @@ def gate_choice_cases(*, dry_run: bool) -> list[ChoiceCase]:
     return choice_cases((TINY,) if dry_run else GPU_SIZES)
 
 
-def measure_blocks(stage: Stage, device: torch.device, bandwidth: Bandwidth, effort: Effort, seconds: float) -> None:
+def measure_blocks(
+    stage: Stage, device: torch.device, bandwidth: Bandwidth, effort: Effort, seconds: float
+) -> None:
     """Choices, then blocks, until `seconds` are spent; what is not reached is in `blocks_absent`."""
     deadline = time.monotonic() + seconds
     stage.put(blocks=[], blocks_absent=[])
     inductor = "inductor" if device.type == "cuda" else "eager"
     compiled = {work: token_sequences.compiled_block(inductor) for work in Work}
-    cases: list[ChoiceCase | BlockCase] = [*gate_choice_cases(dry_run=stage.dry_run), *gate_block_cases(dry_run=stage.dry_run)]
+    cases: list[ChoiceCase | BlockCase] = [
+        *gate_choice_cases(dry_run=stage.dry_run),
+        *gate_block_cases(dry_run=stage.dry_run),
+    ]
     for number, case in enumerate(cases):
         if not stage.dry_run and time.monotonic() + CASE_SECONDS > deadline:
-            stage.add("blocks_absent", *(asdict(Absence(late.name, None, "the budget of the blocks was used up")) for late in cases[number:]))
+            stage.add(
+                "blocks_absent",
+                *(
+                    asdict(Absence(late.name, None, "the budget of the blocks was used up"))
+                    for late in cases[number:]
+                ),
+            )
             break
         try:
-            entrants, absent = choosers(case, device) if isinstance(case, ChoiceCase) else takers(case, device, compiled[case.work])
+            entrants, absent = (
+                choosers(case, device)
+                if isinstance(case, ChoiceCase)
+                else takers(case, device, compiled[case.work])
+            )
         except (NotMeasured, torch.cuda.OutOfMemoryError) as reason:
             entrants, absent = {}, [Absence(case.name, None, str(reason).splitlines()[0])]
         rows, failed = timed(case, entrants, device, bandwidth, effort)
@@ -94,20 +115,34 @@ def measure_blocks(stage: Stage, device: torch.device, bandwidth: Bandwidth, eff
             stage.add("blocks", {"case": case.name, "ran": {row.contender: row.error for row in rows}})
             continue
         stage.add("blocks", *map(asdict, rows))
-        stage.say(f"{case.name}: " + (", ".join(f"{row.contender} {row.timing.median_us:.1f} us" for row in rows) or absent[0].reason))
+        stage.say(
+            f"{case.name}: "
+            + (
+                ", ".join(f"{row.contender} {row.timing.median_us:.1f} us" for row in rows)
+                or absent[0].reason
+            )
+        )
 
 
-def takers(case: BlockCase, device: torch.device, compiled: Binder) -> tuple[dict[str, Entrant], list[Absence]]:
+def takers(
+    case: BlockCase, device: torch.device, compiled: Binder
+) -> tuple[dict[str, Entrant], list[Absence]]:
     """Who computes a block, and who does not and why."""
     prepared = PreparedBlock(case, device, **({} if device.type == "cuda" else {"max_copies": 2}))
     eager = lambda sequence: lambda inputs: lambda: sequence(*token_sequences.arguments(inputs))  # noqa: E731
-    wanted: list[tuple[str, Binder, Callable[[], AbstractContextManager]]] = [(NAIVE, eager(token_sequences.naive_block), nullcontext), (BEST, eager(token_sequences.best_block), nullcontext), (COMPILED, compiled, nullcontext)]
+    wanted: list[tuple[str, Binder, Callable[[], AbstractContextManager]]] = [
+        (NAIVE, eager(token_sequences.naive_block), nullcontext),
+        (BEST, eager(token_sequences.best_block), nullcontext),
+        (COMPILED, compiled, nullcontext),
+    ]
     absent, entrants = [], {}
     for name, backend in OUR_BACKENDS.items():
         backend = backend if device.type == "cuda" else STAND_INS[backend]
         status = fastcache.backends_status()[backend]
         if status.available:
-            wanted.append((name, token_sequences.ours, lambda backend=backend: fastcache.use_backend(backend)))
+            wanted.append(
+                (name, token_sequences.ours, lambda backend=backend: fastcache.use_backend(backend))
+            )
         else:
             absent.append(Absence(case.name, name, status.reason))
     for name, bind, scope in wanted:
@@ -119,7 +154,9 @@ def takers(case: BlockCase, device: torch.device, compiled: Binder) -> tuple[dic
         except NotMeasured as reason:
             absent.append(Absence(case.name, name, str(reason)))
     if case.work is Work.BLOCK:
-        entrants[MLP_ALONE] = Entrant([token_sequences.body_alone(inputs) for inputs in prepared.buffers], 0.0)
+        entrants[MLP_ALONE] = Entrant(
+            [token_sequences.body_alone(inputs) for inputs in prepared.buffers], 0.0
+        )
     return entrants, absent
 
 
@@ -131,13 +168,21 @@ def choosers(case: ChoiceCase, device: torch.device) -> tuple[dict[str, Entrant]
         inputs = token_choices.make_choice(case, device)
         otherwise = 1 - float((chosen_by(contender, inputs) == exact).float().mean())
         if otherwise > 1 - SAME_CHOICE:
-            absent.append(Absence(case.name, name, f"WRONG VALUES: {otherwise:.2%} of the tokens are chosen otherwise"))
+            absent.append(
+                Absence(case.name, name, f"WRONG VALUES: {otherwise:.2%} of the tokens are chosen otherwise")
+            )
         else:
             entrants[name] = Entrant([token_choices.bound(name, inputs)], otherwise)
     return entrants, absent
 
 
-def timed(case: BlockCase | ChoiceCase, entrants: dict[str, Entrant], device: torch.device, bandwidth: Bandwidth, effort: Effort) -> tuple[list[GateBlockRow], list[Absence]]:
+def timed(
+    case: BlockCase | ChoiceCase,
+    entrants: dict[str, Entrant],
+    device: torch.device,
+    bandwidth: Bandwidth,
+    effort: Effort,
+) -> tuple[list[GateBlockRow], list[Absence]]:
     """Rows of the entrants, by replay in turns; who cannot be captured is absent."""
     replays: dict[str, Replay] = {}
     absent = []
@@ -148,12 +193,18 @@ def timed(case: BlockCase | ChoiceCase, entrants: dict[str, Entrant], device: to
         except RuntimeError as reason:
             absent.append(Absence(case.name, name, f"{type(reason).__name__}: {str(reason).splitlines()[0]}"))
             continue
-        replays[name] = replay if device.type == "cuda" else Replay(_within(entrant, replay), replay.calls, replay.results)
+        replays[name] = (
+            replay
+            if device.type == "cuda"
+            else Replay(_within(entrant, replay), replay.calls, replay.results)
+        )
     if not replays:
         return [], absent
     timings = measure_replays(replays, effort, device)
     block = isinstance(case, BlockCase)
-    ratio = lambda other, name: timings[other].median_us / timings[name].median_us if other in timings and name != MLP_ALONE else None  # noqa: E731
+    ratio = lambda other, name: (
+        timings[other].median_us / timings[name].median_us if other in timings and name != MLP_ALONE else None
+    )  # noqa: E731
     rows = []
     for name in replays:
         entrant = entrants[name]
@@ -184,7 +235,11 @@ def check_real_blocks(smallest_gpu: float) -> int:
         with FakeTensorMode(), torch.no_grad(), patch("benchmarks.token_sequences.slot_map", _unread_map):
             inputs = token_sequences.make_inputs(case, torch.device("cpu"), nn.Identity())
             token_sequences.ours(inputs)()
-        need = TENSORS * case.tensor_bytes + 3 * case.weight_bytes + WORKING * 8 * case.tensor_bytes // case.dtype.itemsize
+        need = (
+            TENSORS * case.tensor_bytes
+            + 3 * case.weight_bytes
+            + WORKING * 8 * case.tensor_bytes // case.dtype.itemsize
+        )
         if need > smallest_gpu:
             raise Failed(f"{case.name}: needs {need / 1e9:.0f} GB, a GPU has {smallest_gpu / 1e9:.0f}")
     return len(cases)

@@ -1,4 +1,5 @@
 """Stage `build`: the libraries for the GPU of this machine, in the source tree."""
+
 import os
 import re
 import subprocess
@@ -19,23 +20,42 @@ def build(stage: Stage) -> None:
     for name in ("nvcc", "cmake"):
         found = tool(name)
         if not found.path:
-            raise Failed(f"{name} was not found, so the CUDA kernels are not built and only Triton is tested and measured. Fix: {found.fix}")
+            raise Failed(
+                f"{name} was not found, so the CUDA kernels are not built and only Triton is tested and measured. Fix: {found.fix}"
+            )
     capabilities = [DRY_ARCHITECTURE] if stage.dry_run else compute_capabilities()
     if not capabilities:
         raise Failed("nvidia-smi tells no compute capability, so there is nothing to build for")
     architectures = ";".join(f"{capability}-real" for capability in capabilities)
-    environment = os.environ | {"FASTCACHE_CUDA": "1", "FASTCACHE_CUDA_ARCHS": architectures, "PATH": os.pathsep.join((os.path.dirname(tool("nvcc").path), os.environ.get("PATH", "")))}
+    environment = os.environ | {
+        "FASTCACHE_CUDA": "1",
+        "FASTCACHE_CUDA_ARCHS": architectures,
+        "PATH": os.pathsep.join((os.path.dirname(tool("nvcc").path), os.environ.get("PATH", ""))),
+    }
     begun = time.monotonic()
-    commands = with_cmake(architectures) if too_old(version("setuptools")) else [[sys.executable, "setup.py", "build_ext", "--inplace"]]
+    commands = (
+        with_cmake(architectures)
+        if too_old(version("setuptools"))
+        else [[sys.executable, "setup.py", "build_ext", "--inplace"]]
+    )
     for command in commands:
-        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         if done.returncode != 0:
             stage.put(output=done.stdout.splitlines()[-LAST_LINES:])
             raise Failed(f"the build failed; its last lines are in `output`: {first_error(done.stdout)}")
     libraries = {path.name: path.stat().st_size for path in sorted((ROOT / "fastcache" / "lib").glob("*.so"))}
-    stage.put(architectures=architectures, seconds=round(time.monotonic() - begun, 1), libraries=libraries, with_setuptools=len(commands) == 1)
+    stage.put(
+        architectures=architectures,
+        seconds=round(time.monotonic() - begun, 1),
+        libraries=libraries,
+        with_setuptools=len(commands) == 1,
+    )
     if "libfastcache_cuda.so" not in libraries:
-        raise Failed("the build ended without libfastcache_cuda.so; run `FASTCACHE_CUDA=1 python setup.py build_ext --inplace` to see why")
+        raise Failed(
+            "the build ended without libfastcache_cuda.so; run `FASTCACHE_CUDA=1 python setup.py build_ext --inplace` to see why"
+        )
     stage.say(f"built {', '.join(libraries)} for {architectures}")
     check_import(stage)
 
@@ -43,7 +63,10 @@ def build(stage: Stage) -> None:
 def first_error(output: str) -> str:
     """The first line that speaks of an error, and the next one, which says which."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    place = next((number for number, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), max(0, len(lines) - 2))
+    place = next(
+        (number for number, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)),
+        max(0, len(lines) - 2),
+    )
     return " ".join(lines[place : place + 2])
 
 
@@ -66,7 +89,19 @@ def with_cmake(architectures: str) -> list[list[str]]:
     """What setup.py runs, for machines whose setuptools is too old for it."""
     folder, cmake, ninja = str(ROOT / "build" / "gate"), tool("cmake").path, tool("ninja").path
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure = [cmake, "-S", str(ROOT), "-B", folder, *generator, "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", f"-DFASTCACHE_OUTPUT={ROOT / 'fastcache'}", "-DFASTCACHE_CUDA=1", f"-DFASTCACHE_CUDA_ARCHS={architectures}"]
+    configure = [
+        cmake,
+        "-S",
+        str(ROOT),
+        "-B",
+        folder,
+        *generator,
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFASTCACHE_OUTPUT={ROOT / 'fastcache'}",
+        "-DFASTCACHE_CUDA=1",
+        f"-DFASTCACHE_CUDA_ARCHS={architectures}",
+    ]
     return [configure, [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)]]
 
 

@@ -1,4 +1,5 @@
 """Who takes part in a case on a GPU: the host's sequence, eager at its best, torch.compile twice, ours twice, and peers."""
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,15 +33,28 @@ class Contender:
 def contenders(case: Case, device: torch.device, *, autotune: bool) -> tuple[list[Contender], dict[str, str]]:
     """(who takes part, who does not and why)."""
     torch.compiler.reset()  # a graph of this case alone: no recompile limit, no dynamic shapes
-    found = [Contender(NAIVE, binder(Provider.NAIVE, case.form)), Contender(BEST, binder(Provider.BEST_EAGER, case.form))]
-    found += [Contender(name, compiled(case, mode, device), may_fail=True) for name, mode in COMPILE_MODES.items() if autotune or name != AUTOTUNED]
-    absent = {} if autotune else {AUTOTUNED: "left out at this size to save time; `--seconds kernels=450` has it everywhere"}
+    found = [
+        Contender(NAIVE, binder(Provider.NAIVE, case.form)),
+        Contender(BEST, binder(Provider.BEST_EAGER, case.form)),
+    ]
+    found += [
+        Contender(name, compiled(case, mode, device), may_fail=True)
+        for name, mode in COMPILE_MODES.items()
+        if autotune or name != AUTOTUNED
+    ]
+    absent = (
+        {}
+        if autotune
+        else {AUTOTUNED: "left out at this size to save time; `--seconds kernels=450` has it everywhere"}
+    )
     for name, backend in OUR_BACKENDS.items():
         status = fastcache.backends_status()
         if device.type != "cuda":
             backend = STAND_INS[backend] if status[STAND_INS[backend]].available else "eager"
         if status[backend].available:
-            found.append(Contender(name, OURS[case.form], lambda backend=backend: fastcache.use_backend(backend)))
+            found.append(
+                Contender(name, OURS[case.form], lambda backend=backend: fastcache.use_backend(backend))
+            )
         else:
             absent[name] = status[backend].reason
     for peer in PEERS:
@@ -55,7 +69,11 @@ def contenders(case: Case, device: torch.device, *, autotune: bool) -> tuple[lis
 def compiled(case: Case, mode: str | None, device: torch.device) -> Binder:
     """torch.compile of the host's sequence. In a dry run it is traced, and no code is made."""
     host = HOST_SEQUENCES[case.form]
-    made = torch.compile(host.naive, fullgraph=True, dynamic=False, mode=mode) if device.type == "cuda" else torch.compile(host.naive, fullgraph=True, dynamic=False, backend="eager")
+    made = (
+        torch.compile(host.naive, fullgraph=True, dynamic=False, mode=mode)
+        if device.type == "cuda"
+        else torch.compile(host.naive, fullgraph=True, dynamic=False, backend="eager")
+    )
 
     def bind(inputs):
         arguments = host.arguments(inputs)

@@ -1,4 +1,5 @@
 """Stage `end_to_end`: DiT-XL/2 of random weights, 50 steps with CFG, in every way of `ways.py`: at 256 px, and at 512 px with one batch."""
+
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,12 +21,24 @@ from fastcache.models import DiT
 from fastcache.models.dit import PRESETS, DiTConfig
 
 XL = PRESETS["DiT-XL/2"]
-MODEL = DiTConfig(input_size=32, patch_size=XL.patch_size, in_channels=4, hidden_size=XL.hidden_size, depth=XL.depth, num_heads=XL.num_heads)
-TINY_MODEL = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=4)
+MODEL = DiTConfig(
+    input_size=32,
+    patch_size=XL.patch_size,
+    in_channels=4,
+    hidden_size=XL.hidden_size,
+    depth=XL.depth,
+    num_heads=XL.num_heads,
+)
+TINY_MODEL = DiTConfig(
+    input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=4
+)
 BATCHES, STEPS = (1, 8, 32), 50  # images; the model's batch is twice that
 ALLOWED_ERROR = 5e-2  # relative RMS of bf16 outputs of two ways that compute the same
 COMPARED = INTERVAL + 1  # last steps, cheap ones among them
-LARGE_MODEL, LARGE_BATCH = replace(MODEL, input_size=64), 4  # 512 px; without the compiled blocks, whose compilation it could not pay
+LARGE_MODEL, LARGE_BATCH = (
+    replace(MODEL, input_size=64),
+    4,
+)  # 512 px; without the compiled blocks, whose compilation it could not pay
 PIXELS = 8  # of a latent pixel's side
 GENERATIONS = 3
 WARM_STEPS = 2 * INTERVAL
@@ -67,12 +80,25 @@ class GraphRow:
 def end_to_end(stage: Stage) -> None:
     """Batch by batch, way by way, until the budget is spent."""
     device = torch.device("cpu" if stage.dry_run else "cuda")
-    config, batches, steps, dtype = (TINY_MODEL, (1,), 4, torch.float32) if stage.dry_run else (MODEL, BATCHES, STEPS, torch.bfloat16)
+    config, batches, steps, dtype = (
+        (TINY_MODEL, (1,), 4, torch.float32) if stage.dry_run else (MODEL, BATCHES, STEPS, torch.bfloat16)
+    )
     if stage.dry_run:
         check_real_model(stage)
     with torch.no_grad():
-        bandwidth = measure_bandwidth(device, Effort(0.0, 1, 1) if stage.dry_run else BRIEF, 1 if stage.dry_run else 8)
-        stage.put(device=str(device) if stage.dry_run else torch.cuda.get_device_name(device), model="DiT-XL/2, bf16, random weights", num_steps=steps, policy=", ".join(dict.fromkeys(str(way.policy) for way in WAYS if way.policy is not None)), ways=[], graphs=[], absent=[], clocks=[])
+        bandwidth = measure_bandwidth(
+            device, Effort(0.0, 1, 1) if stage.dry_run else BRIEF, 1 if stage.dry_run else 8
+        )
+        stage.put(
+            device=str(device) if stage.dry_run else torch.cuda.get_device_name(device),
+            model="DiT-XL/2, bf16, random weights",
+            num_steps=steps,
+            policy=", ".join(dict.fromkeys(str(way.policy) for way in WAYS if way.policy is not None)),
+            ways=[],
+            graphs=[],
+            absent=[],
+            clocks=[],
+        )
         if not stage.dry_run:
             stage.put(bandwidth=asdict(bandwidth))
         for sized, batch in runs(config, batches, dry_run=stage.dry_run):
@@ -83,7 +109,15 @@ def end_to_end(stage: Stage) -> None:
                 if large and way.name == COMPILED:
                     continue
                 if stage.seconds_left < 5:
-                    stage.add("absent", {"pixels": pixels(sized), "batch": batch, "way": way.name, "reason": "the budget of the stage was used up"})
+                    stage.add(
+                        "absent",
+                        {
+                            "pixels": pixels(sized),
+                            "batch": batch,
+                            "way": way.name,
+                            "reason": "the budget of the stage was used up",
+                        },
+                    )
                     continue
                 one(stage, run_, batch, way, outputs)
             if stage.seconds_left > 5 and not large:
@@ -112,12 +146,19 @@ def check_real_model(stage: Stage) -> None:
         with torch.device("meta"), torch.no_grad():
             model = DiT.from_config(config).to(torch.bfloat16)
             rows, side = 2 * batch, config.input_size
-            output = model.forward_with_cfg(torch.empty(rows, config.in_channels, side, side, dtype=torch.bfloat16), torch.empty(rows), torch.empty(rows, dtype=torch.long), 4.0)
+            output = model.forward_with_cfg(
+                torch.empty(rows, config.in_channels, side, side, dtype=torch.bfloat16),
+                torch.empty(rows),
+                torch.empty(rows, dtype=torch.long),
+                4.0,
+            )
             if output.shape != (rows, config.out_channels, side, side):
                 raise Failed(f"DiT-XL/2 at {pixels(config)} px and batch {batch} gives {list(output.shape)}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
     stage.put(parameters=parameters, batches=list(BATCHES))
-    stage.say(f"DiT-XL/2 with {parameters / 1e6:.0f} M parameters takes batches {', '.join(map(str, BATCHES))}")
+    stage.say(
+        f"DiT-XL/2 with {parameters / 1e6:.0f} M parameters takes batches {', '.join(map(str, BATCHES))}"
+    )
 
 
 def one(stage: Stage, run_: Trajectory, batch: int, way: Way, outputs: dict[str, Tensor]) -> None:
@@ -125,17 +166,40 @@ def one(stage: Stage, run_: Trajectory, batch: int, way: Way, outputs: dict[str,
     try:
         row = measure_way(run_, batch, way, outputs, stage)
     except Exception as error:  # one way must not cost the others
-        stage.add("absent", {"pixels": pixels(run_.model.config), "batch": batch, "way": way.name, "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
-        stage.say(f"{pixels(run_.model.config)} px, batch {batch}, {way.name}: {type(error).__name__}: {error}")
+        stage.add(
+            "absent",
+            {
+                "pixels": pixels(run_.model.config),
+                "batch": batch,
+                "way": way.name,
+                "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            },
+        )
+        stage.say(
+            f"{pixels(run_.model.config)} px, batch {batch}, {way.name}: {type(error).__name__}: {error}"
+        )
         if stage.dry_run:
             raise
         return
     if stage.dry_run:  # times of a rehearsal on a CPU mean nothing, and are not kept
-        stage.add("ways", {"pixels": row.pixels, "batch": batch, "way": way.name, "kinds": sorted(row.steps), "error": row.error, "ideal": row.ideal})
+        stage.add(
+            "ways",
+            {
+                "pixels": row.pixels,
+                "batch": batch,
+                "way": way.name,
+                "kinds": sorted(row.steps),
+                "error": row.error,
+                "ideal": row.ideal,
+            },
+        )
         stage.say(f"{row.pixels} px, batch {batch}, {way.name}: ran {', '.join(sorted(row.steps))} steps")
         return
     stage.add("ways", asdict(row))
-    stage.say(f"{row.pixels} px, batch {batch}, {way.name}: {row.generation.median_us / 1e3:.0f} ms, " + ", ".join(f"{kind} {timing.median_us / 1e3:.2f} ms" for kind, timing in row.steps.items()))
+    stage.say(
+        f"{row.pixels} px, batch {batch}, {way.name}: {row.generation.median_us / 1e3:.0f} ms, "
+        + ", ".join(f"{kind} {timing.median_us / 1e3:.2f} ms" for kind, timing in row.steps.items())
+    )
 
 
 def measure_way(run_: Trajectory, batch: int, way: Way, outputs: dict[str, Tensor], stage: Stage) -> WayRow:
@@ -171,12 +235,26 @@ def measure_way(run_: Trajectory, batch: int, way: Way, outputs: dict[str, Tenso
     outputs[way.name] = torch.stack(tuple(last)).float()
     error = relative_rms(outputs[way.name], outputs[way.exact].double()) if way.exact else None
     if error is not None and not error <= ALLOWED_ERROR:
-        raise ValueError(f"differs from {way.exact!r} by {error:.2e} (relative RMS), allowed {ALLOWED_ERROR:.0e}")
+        raise ValueError(
+            f"differs from {way.exact!r} by {error:.2e} (relative RMS), allowed {ALLOWED_ERROR:.0e}"
+        )
     ideal = None if way.policy is None else schedule(way.policy, run_).ideal_speedup()
-    return WayRow(pixels(run_.model.config), batch, way.name, Timing.of(generations), {kind: Timing.of(found) for kind, found in samples.items()}, counts, peak, error, ideal)
+    return WayRow(
+        pixels(run_.model.config),
+        batch,
+        way.name,
+        Timing.of(generations),
+        {kind: Timing.of(found) for kind, found in samples.items()},
+        counts,
+        peak,
+        error,
+        ideal,
+    )
 
 
-def counted(run_: Trajectory, control, kinds: list[str], device: torch.device, settled: int = 0) -> dict[str, int | None]:
+def counted(
+    run_: Trajectory, control, kinds: list[str], device: torch.device, settled: int = 0
+) -> dict[str, int | None]:
     """Launches of the second step of each kind (the first of some keep features for later), counted from step `settled` on."""
     found: dict[str, int | None] = {}
     control.begin()
@@ -199,9 +277,15 @@ def counted(run_: Trajectory, control, kinds: list[str], device: torch.device, s
 def graph(stage: Stage, run_: Trajectory, batch: int, bandwidth: Bandwidth) -> None:
     """The graphed reuse step against the trunk's floor."""
     device, config = run_.x.device, run_.model.config
-    trunk = Case(Form.TRUNK, Size("trunk", run_.rows, config.grid**2, config.hidden_size, 2 * config.depth), run_.x.dtype)
+    trunk = Case(
+        Form.TRUNK,
+        Size("trunk", run_.rows, config.grid**2, config.hidden_size, 2 * config.depth),
+        run_.x.dtype,
+    )
     floor = 1e-3 * trunk.min_bytes / bandwidth.copy_gbps
-    with accelerate(run_.model, FORA(interval=INTERVAL), run_.steps, calls_per_step=1, count_ops=False) as session:
+    with accelerate(
+        run_.model, FORA(interval=INTERVAL), run_.steps, calls_per_step=1, count_ops=False
+    ) as session:
         session.begin(timesteps=run_.timesteps, conditions={"y": run_.y})
         run_.call(0)
 
@@ -226,7 +310,9 @@ def graph(stage: Stage, run_: Trajectory, batch: int, bandwidth: Bandwidth) -> N
         return
     row = GraphRow(batch, times, floor, SLACK * floor + EXTRA_US, count)
     stage.add("graphs", asdict(row))
-    stage.say(f"batch {batch}, reuse step in a graph: {times.median_us:.1f} us, floor of its trunk {floor:.1f} us, target {row.target_us:.1f} us")
+    stage.say(
+        f"batch {batch}, reuse step in a graph: {times.median_us:.1f} us, floor of its trunk {floor:.1f} us, target {row.target_us:.1f} us"
+    )
 
 
 def replayed(replay: Callable[[], object], device: torch.device) -> Timing:

@@ -2,6 +2,7 @@
 
 Cases come in order of what they decide; what the budget does not reach is listed with the reason.
 """
+
 import gc
 import math
 import time
@@ -26,11 +27,20 @@ from benchmarks.providers import OURS
 from benchmarks.timing import Effort, Timing
 from fastcache.ops import SlotMap
 
-DATASHEET_GBPS = {"H200": 4800.0, "H100": 3350.0, "B200": 8000.0, "A100-SXM4-80GB": 2039.0, "A100": 1555.0}  # by part of the device's name, the longest first
+DATASHEET_GBPS = {
+    "H200": 4800.0,
+    "H100": 3350.0,
+    "B200": 8000.0,
+    "A100-SXM4-80GB": 2039.0,
+    "A100": 1555.0,
+}  # by part of the device's name, the longest first
 EFFORT, ONCE = Effort(0.35, 15, 60), Effort(0.0, 1, 1)
 DECISIVE = (Form.TRUNK, Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
 SMALLEST_GPU = 80e9  # bytes that every case must fit in, checked in a dry run
-AUTOTUNE_SECONDS, AUTOTUNED_SIZES = 350.0, ("DiT-256 B2", "FLUX B1")  # autotuning everywhere takes such a budget
+AUTOTUNE_SECONDS, AUTOTUNED_SIZES = (
+    350.0,
+    ("DiT-256 B2", "FLUX B1"),
+)  # autotuning everywhere takes such a budget
 CASE_SECONDS = 12.0  # that must be left to begin a case
 BLOCKS_SHARE = 0.25  # of the stage's budget, for partial blocks and choices of tokens
 NEW_SIZES = (Size("DiT-256 B8", 8, 256, 1152, 56),)
@@ -73,7 +83,13 @@ def gate_cases(dry_run: bool) -> list[Case]:
     sizes = (TINY,) if dry_run else (*SIZES[:1], *NEW_SIZES, *SIZES[2:])
     forms = (*DECISIVE, *(form for form in Form if form not in DECISIVE))
     fits = lambda form, size: form in size.forms or (form.rms and size.batch == 1)  # noqa: E731
-    ordered = [Case(form, size, torch.bfloat16) for part in (DECISIVE, tuple(form for form in forms if form not in DECISIVE)) for size in sizes for form in part if dry_run or fits(form, size)]
+    ordered = [
+        Case(form, size, torch.bfloat16)
+        for part in (DECISIVE, tuple(form for form in forms if form not in DECISIVE))
+        for size in sizes
+        for form in part
+        if dry_run or fits(form, size)
+    ]
     return ordered + [Case(form, sizes[0], torch.float32) for form in DECISIVE]
 
 
@@ -83,34 +99,67 @@ def kernels(stage: Stage) -> None:
     if stage.dry_run:
         check_real_sizes(stage)
     with torch.no_grad():
-        bandwidth = measure_bandwidth(device, ONCE if stage.dry_run else BRIEF, caches=1 if stage.dry_run else 8)
+        bandwidth = measure_bandwidth(
+            device, ONCE if stage.dry_run else BRIEF, caches=1 if stage.dry_run else 8
+        )
         name = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
         stage.put(device=name, cases=[], absent=[], clocks=[])
         if not stage.dry_run:
             stage.put(bandwidth=asdict(bandwidth), datasheet_gbps=datasheet_gbps(name))
         cases = gate_cases(stage.dry_run)
-        measure_blocks(stage, device, bandwidth, EFFORT if device.type == "cuda" else ONCE, 0.0 if stage.dry_run else BLOCKS_SHARE * stage.seconds_left)
+        measure_blocks(
+            stage,
+            device,
+            bandwidth,
+            EFFORT if device.type == "cuda" else ONCE,
+            0.0 if stage.dry_run else BLOCKS_SHARE * stage.seconds_left,
+        )
         if not stage.dry_run:
             release()
         for number, case in enumerate(cases, start=1):
             if stage.seconds_left < CASE_SECONDS:
-                stage.add("absent", *(asdict(Absence(late.name, None, "the budget of the stage was used up")) for late in cases[number - 1 :]))
+                stage.add(
+                    "absent",
+                    *(
+                        asdict(Absence(late.name, None, "the budget of the stage was used up"))
+                        for late in cases[number - 1 :]
+                    ),
+                )
                 break
-            rows, absent = measure_gate_case(case, device, bandwidth, datasheet_gbps(name), EFFORT if device.type == "cuda" else ONCE, autotune=stage.dry_run or stage.deadline - begun >= AUTOTUNE_SECONDS or case.size.name in AUTOTUNED_SIZES)
+            rows, absent = measure_gate_case(
+                case,
+                device,
+                bandwidth,
+                datasheet_gbps(name),
+                EFFORT if device.type == "cuda" else ONCE,
+                autotune=stage.dry_run
+                or stage.deadline - begun >= AUTOTUNE_SECONDS
+                or case.size.name in AUTOTUNED_SIZES,
+            )
             stage.add("absent", *map(asdict, absent))
             if stage.dry_run:  # times of a rehearsal on a CPU mean nothing, and are not kept
                 stage.add("cases", {"case": case.name, "ran": {row.contender: row.error for row in rows}})
                 continue
             stage.add("cases", *map(asdict, rows))
             stage.add("clocks", {"after": case.name, "seen": clocks()})
-            stage.say(f"{number}/{len(cases)} {case.name}: " + (", ".join(f"{row.contender} {row.timing.median_us:.1f} us" for row in rows) or absent[0].reason))
+            stage.say(
+                f"{number}/{len(cases)} {case.name}: "
+                + (
+                    ", ".join(f"{row.contender} {row.timing.median_us:.1f} us" for row in rows)
+                    or absent[0].reason
+                )
+            )
             release()
         if not stage.dry_run:
             stage.put(bandwidth_after=asdict(measure_bandwidth(device, BRIEF)))
     found = stage.results.stage("kernels")
     if not found["cases"]:
         raise Failed("no case was measured; `absent` says why")
-    wrong = [one["case"] + ": " + one["provider"] for one in (*found["absent"], *found["blocks_absent"]) if "WRONG" in one["reason"]]
+    wrong = [
+        one["case"] + ": " + one["provider"]
+        for one in (*found["absent"], *found["blocks_absent"])
+        if "WRONG" in one["reason"]
+    ]
     if wrong:
         raise Failed(f"wrong values, so not timed: {', '.join(wrong)}")
 
@@ -123,10 +172,25 @@ def release() -> None:
 
 def datasheet_gbps(device: str) -> float | None:
     """The vendor's memory bandwidth, None for a device that is not in the table."""
-    return next((value for part, value in sorted(DATASHEET_GBPS.items(), key=lambda item: -len(item[0])) if part in device), None)
+    return next(
+        (
+            value
+            for part, value in sorted(DATASHEET_GBPS.items(), key=lambda item: -len(item[0]))
+            if part in device
+        ),
+        None,
+    )
 
 
-def measure_gate_case(case: Case, device: torch.device, bandwidth: Bandwidth, datasheet: float | None, effort: Effort, *, autotune: bool = True) -> tuple[list[GateRow], list[Absence]]:
+def measure_gate_case(
+    case: Case,
+    device: torch.device,
+    bandwidth: Bandwidth,
+    datasheet: float | None,
+    effort: Effort,
+    *,
+    autotune: bool = True,
+) -> tuple[list[GateRow], list[Absence]]:
     """Check and time every contender of a case on the same buffers, in turns."""
     try:
         prepared = Prepared(case, device, **({} if device.type == "cuda" else {"max_copies": 2}))
@@ -148,7 +212,9 @@ def measure_gate_case(case: Case, device: torch.device, bandwidth: Bandwidth, da
         except WrongValues as reason:
             absent.append(Absence(case.name, contender.name, f"WRONG VALUES: {reason}"))
         except (RuntimeError, torch.cuda.OutOfMemoryError) as reason:
-            absent.append(Absence(case.name, contender.name, f"{type(reason).__name__}: {str(reason).splitlines()[0]}"))
+            absent.append(
+                Absence(case.name, contender.name, f"{type(reason).__name__}: {str(reason).splitlines()[0]}")
+            )
     if not replays:
         return [], absent
     with ExitStack() as stack:
@@ -189,7 +255,11 @@ def check_real_sizes(stage: Stage) -> None:
         if need > SMALLEST_GPU:
             raise Failed(f"{case.name}: needs {need / 1e9:.0f} GB, a GPU has {SMALLEST_GPU / 1e9:.0f}")
     largest = max(checked, key=input_bytes)
-    stage.put(real_blocks=check_real_blocks(SMALLEST_GPU), real_cases=len(checked), largest=f"{largest.name}, {math.ceil(input_bytes(largest) / 1e9)} GB")
+    stage.put(
+        real_blocks=check_real_blocks(SMALLEST_GPU),
+        real_cases=len(checked),
+        largest=f"{largest.name}, {math.ceil(input_bytes(largest) / 1e9)} GB",
+    )
     stage.say(f"{len(checked)} real cases are accepted; the largest is {largest.name}")
 
 

@@ -7,6 +7,7 @@
 Calls were written from the signatures that these projects document and have not run here; a peer whose call
 or values do not fit is absent with the reason.
 """
+
 import importlib.util
 import os
 import sys
@@ -67,8 +68,12 @@ def loaded(variable: str) -> ModuleType:
 
 def sglang(module: ModuleType, i: Inputs) -> Callable[[], tuple]:
     """It returns (h, x')."""
-    vectors = {name: vector[:, None] for name, vector in (("gate", i.gate), ("shift", i.shift), ("scale", i.scale))}
-    return lambda: module.fused_scale_residual_norm_scale_shift_triton(residual=i.x, x=i.features[0], **vectors, weight=None, bias=None, eps=EPS)[::-1]
+    vectors = {
+        name: vector[:, None] for name, vector in (("gate", i.gate), ("shift", i.shift), ("scale", i.scale))
+    }
+    return lambda: module.fused_scale_residual_norm_scale_shift_triton(
+        residual=i.x, x=i.features[0], **vectors, weight=None, bias=None, eps=EPS
+    )[::-1]
 
 
 def fastvideo(module: ModuleType, i: Inputs) -> Callable[[], tuple]:
@@ -78,7 +83,9 @@ def fastvideo(module: ModuleType, i: Inputs) -> Callable[[], tuple]:
     x, feature, weight = i.x.view(-1, channels), i.features[0].view(-1, channels), torch.ones_like(i.gate[0])
 
     def call() -> tuple:
-        h, updated = module.fused_residual_gate_rmsnorm_modulate(x, feature, i.gate, weight, i.scale, i.shift, index, EPS)
+        h, updated = module.fused_residual_gate_rmsnorm_modulate(
+            x, feature, i.gate, weight, i.scale, i.shift, index, EPS
+        )
         return updated.view_as(i.x), h.view_as(i.x)
 
     return call

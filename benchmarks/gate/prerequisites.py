@@ -1,4 +1,5 @@
 """What this machine has of what the gate needs, and how to get the rest. Starts no CUDA context."""
+
 import importlib.metadata
 import importlib.util
 import os
@@ -9,8 +10,18 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-REQUIRED = {"torch": "nothing runs without it", "numpy": "torch and fastcache need it", "pytest": "the stages tests and sanitizer need it"}
-OPTIONAL = {"triton": "the Triton kernels and torch.compile", "pybind11": "build facts for `fastcache doctor`", "ninja": "a parallel build", "xdist": "tests in several processes", "matplotlib": "the picture of `make report`"}
+REQUIRED = {
+    "torch": "nothing runs without it",
+    "numpy": "torch and fastcache need it",
+    "pytest": "the stages tests and sanitizer need it",
+}
+OPTIONAL = {
+    "triton": "the Triton kernels and torch.compile",
+    "pybind11": "build facts for `fastcache doctor`",
+    "ninja": "a parallel build",
+    "xdist": "tests in several processes",
+    "matplotlib": "the picture of `make report`",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,12 @@ class Tool:
 
 def tool(name: str) -> Tool:
     """A program of this environment, else of PATH, else of the CUDA toolkit."""
-    fixes = {"cmake": "pip install cmake ninja (or bring their wheels)", "nvcc": "install the CUDA toolkit, or put its bin folder into PATH", "compute-sanitizer": "it comes with the CUDA toolkit", "nvidia-smi": "it comes with the driver"}
+    fixes = {
+        "cmake": "pip install cmake ninja (or bring their wheels)",
+        "nvcc": "install the CUDA toolkit, or put its bin folder into PATH",
+        "compute-sanitizer": "it comes with the CUDA toolkit",
+        "nvidia-smi": "it comes with the driver",
+    }
     homes = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [sysconfig.get_path("scripts"), None, *(os.path.join(home, "bin") for home in homes if home)]
     found = next((path for path in (shutil.which(name, path=place) for place in places) if path), "")
@@ -38,7 +54,9 @@ def missing_packages() -> dict[str, str]:
 
 def compute_capabilities() -> list[str]:
     """As the driver tells them, "90" for 9.0; [] where it finds no GPU."""
-    return sorted({re.sub(r"\D", "", line) for line in query("compute_cap") if re.fullmatch(r"\d+\.\d", line)})
+    return sorted(
+        {re.sub(r"\D", "", line) for line in query("compute_cap") if re.fullmatch(r"\d+\.\d", line)}
+    )
 
 
 def query(*fields: str) -> list[str]:
@@ -47,7 +65,12 @@ def query(*fields: str) -> list[str]:
     if not smi.path:
         return []
     try:
-        done = subprocess.run([smi.path, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            [smi.path, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
@@ -76,7 +99,15 @@ def facts() -> dict[str, object]:
         "compute_capabilities": compute_capabilities(),
         "processor": names[0] if names else "",
         "processors": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pybind11", "setuptools")},
-        "tools": {name: bool(tool(name).path) for name in ("nvcc", "cmake", "ninja", "compute-sanitizer", "nvidia-smi")},
-        "absent": {name: why for name, why in (REQUIRED | OPTIONAL).items() if importlib.util.find_spec(name) is None},
+        "versions": {
+            name: version(name)
+            for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pybind11", "setuptools")
+        },
+        "tools": {
+            name: bool(tool(name).path)
+            for name in ("nvcc", "cmake", "ninja", "compute-sanitizer", "nvidia-smi")
+        },
+        "absent": {
+            name: why for name, why in (REQUIRED | OPTIONAL).items() if importlib.util.find_spec(name) is None
+        },
     }

@@ -1,4 +1,5 @@
 """One JSON for a run of the gate, replaced as a whole after every case, so that what is there is always complete."""
+
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,11 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._content = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "dry_run": False, "machine": {}, "stages": {}}
+        self._content = (
+            json.loads(path.read_text())
+            if path.exists()
+            else {"format": FORMAT, "dry_run": False, "machine": {}, "stages": {}}
+        )
 
     @classmethod
     def new(cls, path: Path, *, dry_run: bool, machine: Mapping[str, object]) -> "Results":

@@ -2,6 +2,7 @@
 
 Prints the number of calls, and `ok` at the end; a wrong value is an error too.
 """
+
 import argparse
 import sys
 from dataclasses import replace
@@ -34,7 +35,10 @@ CALLS = (
 
 def calls() -> list[Form]:
     """The calls, small before large."""
-    return [replace(FORMS[name].of(PRECISIONS[precision]), tokens=tokens, channels=channels) for name, precision, tokens, channels in CALLS]
+    return [
+        replace(FORMS[name].of(PRECISIONS[precision]), tokens=tokens, channels=channels)
+        for name, precision, tokens, channels in CALLS
+    ]
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 """Stage `sanitizer`: compute-sanitizer's memcheck and racecheck over a few calls of every kernel path."""
+
 import os
 import re
 import subprocess
@@ -24,7 +25,9 @@ def sanitizer(stage: Stage) -> None:
             done = subprocess.run([*plain, backend], cwd=ROOT, text=True, capture_output=True)
             stage.put(**{f"rehearsal_{backend}": (done.stdout + done.stderr).strip().splitlines()[-1]})
             if done.returncode != 0:
-                raise Failed(f"the calls that the sanitizer would watch fail on a CPU: {done.stderr.strip().splitlines()[-1]}")
+                raise Failed(
+                    f"the calls that the sanitizer would watch fail on a CPU: {done.stderr.strip().splitlines()[-1]}"
+                )
         stage.say(f"{len(backends)} sets of calls rehearsed on a CPU")
         return
     found = tool("compute-sanitizer")
@@ -38,7 +41,14 @@ def sanitizer(stage: Stage) -> None:
     for backend in backends:
         for name in TOOLS:
             command = [found.path, "--tool", name, "--error-exitcode", str(FOUND), *plain, backend]
-            started[backend, name] = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            started[backend, name] = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
     verdicts = {}
     for (backend, name), process in started.items():
         try:
@@ -52,7 +62,11 @@ def sanitizer(stage: Stage) -> None:
         if verdicts[f"{name} {backend}"] != "clean":
             stage.add("output", {"run": f"{name} {backend}", "lines": output.splitlines()[-LAST_LINES:]})
         stage.say(f"{name} {backend}: {verdicts[f'{name} {backend}']}")
-    bad = [name for name, text in verdicts.items() if text not in ("clean", "not finished in time") and not text.startswith("cannot")]
+    bad = [
+        name
+        for name, text in verdicts.items()
+        if text not in ("clean", "not finished in time") and not text.startswith("cannot")
+    ]
     if bad:
         raise Failed(f"found something: {', '.join(bad)}; see `output`")
 
@@ -74,7 +88,11 @@ def verdict(code: int, output: str) -> str:
     if code == 0 and "ok" in output:
         return "clean"
     if "Device not supported" in output or "Unable to" in output:
-        return "cannot run on this machine: " + next(line.strip("= ").strip() for line in output.splitlines() if "not supported" in line or "Unable to" in line)
+        return "cannot run on this machine: " + next(
+            line.strip("= ").strip()
+            for line in output.splitlines()
+            if "not supported" in line or "Unable to" in line
+        )
     summary = re.findall(r"(ERROR SUMMARY|RACECHECK SUMMARY): (.*)", output)
     return f"status {code}: {summary[-1][1] if summary else 'no summary'}"
 

@@ -1,4 +1,5 @@
 """The frame of a stage: its options, its deadline, and its status in the results."""
+
 import argparse
 import sys
 import time
@@ -58,6 +59,9 @@ def run(name: str, work: Callable[[Stage], None]) -> None:
         sys.exit(1)
     except Exception as error:
         traceback.print_exc()
-        stage.put(status="failed", reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}")
+        stage.put(
+            status="failed",
+            reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
+        )
         sys.exit(1)
     stage.put(status="done")

@@ -1,4 +1,5 @@
 """Stage `tests`: `pytest -m gpu tests/gpu`, counted test by test."""
+
 import importlib.util
 import os
 from pathlib import Path
@@ -24,7 +25,10 @@ class Progress:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
             if report.outcome == "failed":
-                self._stage.add("failures", {"test": report.nodeid, "error": str(report.longrepr).strip().splitlines()[-1][:400]})
+                self._stage.add(
+                    "failures",
+                    {"test": report.nodeid, "error": str(report.longrepr).strip().splitlines()[-1][:400]},
+                )
             if report.outcome == "skipped":
                 reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
                 self.reasons[reason] = self.reasons.get(reason, 0) + 1
@@ -43,7 +47,22 @@ def tests(stage: Stage) -> None:
     if stage.dry_run:
         os.environ["FASTCACHE_GPU_TESTS_ON_CPU"] = "1"
     parallel = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") and not stage.dry_run else []
-    code = pytest.main(["-m", "gpu", str(ROOT / "tests" / "gpu"), "-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--tb=short", *parallel], plugins=[progress])
+    code = pytest.main(
+        [
+            "-m",
+            "gpu",
+            str(ROOT / "tests" / "gpu"),
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(ROOT),
+            "--tb=short",
+            *parallel,
+        ],
+        plugins=[progress],
+    )
     progress.save()
     counts = progress.counts
     stage.put(exit_status=int(code))

@@ -1,4 +1,5 @@
 """How a generation is run, end to end. Add a way here, and the stage `end_to_end` measures it at every batch."""
+
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ from fastcache.models.dit import DiTConfig
 from fastcache.schedule import Branch, Layout, Schedule
 
 INTERVAL = 3
-TOCA, DUCA, TAYLORSEER = ToCa(fresh_threshold=3), DuCa(fresh_threshold=3, fresh_ratio=0.05, cache_type="kv-norm"), TaylorSeer()
+TOCA, DUCA, TAYLORSEER = (
+    ToCa(fresh_threshold=3),
+    DuCa(fresh_threshold=3, fresh_ratio=0.05, cache_type="kv-norm"),
+    TaylorSeer(),
+)
 TOKENS_SETTLED = 0.3  # share of a generation after which ToCa and DuCa refresh tokens
 
 
@@ -45,14 +50,18 @@ class Trajectory:
         return self.model.forward_with_cfg(self.x, self.timesteps[step].expand(self.rows), self.y, 4.0)
 
 
-def trajectory(config: DiTConfig, batch: int, steps: int, device: torch.device, dtype: torch.dtype) -> Trajectory:
+def trajectory(
+    config: DiTConfig, batch: int, steps: int, device: torch.device, dtype: torch.dtype
+) -> Trajectory:
     """A model of random weights (adaLN too: the identity that DiT starts as would skip work in nobody) and its inputs."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         model = DiT.from_config(config).to(dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02, generator=generator)
-    half = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator, device=device).to(dtype)
+    half = torch.randn(
+        batch, config.in_channels, config.input_size, config.input_size, generator=generator, device=device
+    ).to(dtype)
     classes = torch.arange(batch, device=device) % config.num_classes
     y = torch.cat([classes, torch.full_like(classes, config.num_classes)])
     return Trajectory(model, torch.cat([half, half]), torch.linspace(999, 0, steps, device=device), y, steps)
@@ -122,7 +131,9 @@ def schedule(policy: Policy, trajectory: Trajectory) -> Schedule:
     return policy.schedule(trajectory.steps, recognise(trajectory.model).layout())
 
 
-def originally(make: Callable[[Trajectory], Original]) -> Callable[[Trajectory], AbstractContextManager[Control]]:
+def originally(
+    make: Callable[[Trajectory], Original],
+) -> Callable[[Trajectory], AbstractContextManager[Control]]:
     """A method as its authors implement it."""
 
     @contextmanager
@@ -159,19 +170,23 @@ class SessionControl(Control):
         self._session.reset()
 
 
-def session(policy, *, begun: bool, **options: object) -> Callable[[Trajectory], AbstractContextManager[Control]]:
+def session(
+    policy, *, begun: bool, **options: object
+) -> Callable[[Trajectory], AbstractContextManager[Control]]:
     """`accelerate` with a policy of ours: the way for ToCa, DuCa, TaylorSeer and whatever comes."""
 
     @contextmanager
     def enter(trajectory: Trajectory) -> Iterator[Control]:
-        with accelerate(trajectory.model, policy, trajectory.steps, calls_per_step=1, count_ops=False, **options) as entered:
+        with accelerate(
+            trajectory.model, policy, trajectory.steps, calls_per_step=1, count_ops=False, **options
+        ) as entered:
             yield SessionControl(entered, trajectory, begun)
 
     return enter
 
 
 def fora_kind(step: int, steps: int) -> str:
-    """"full" or "reuse"."""
+    """ "full" or "reuse"."""
     return "full" if step in FORA(interval=INTERVAL).full_steps(steps) else "reuse"
 
 
@@ -191,16 +206,36 @@ def pair(policy: Policy, original: Callable[[Trajectory], Original], **options: 
     """A method as its original does it, and ours."""
     name, kind = type(policy).__name__, kind_by(policy)
     first = f"{name} as its original does it"
-    return Way(first, originally(original), kind, policy=policy, **options), Way(f"{name} ours, begun", session(policy, begun=True), kind, exact=first, policy=policy, **options)
+    return Way(first, originally(original), kind, policy=policy, **options), Way(
+        f"{name} ours, begun", session(policy, begun=True), kind, exact=first, policy=policy, **options
+    )
 
 
-UNCACHED, COMPILED, ORIGINAL, SESSION, BEGUN = "uncached", "uncached, compiled blocks", "FORA as its original does it", "FORA ours", "FORA ours, begun"
+UNCACHED, COMPILED, ORIGINAL, SESSION, BEGUN = (
+    "uncached",
+    "uncached, compiled blocks",
+    "FORA as its original does it",
+    "FORA ours",
+    "FORA ours, begun",
+)
 WAYS = (
     Way(UNCACHED, untouched),
     Way(COMPILED, compiled_blocks, exact=UNCACHED),
     Way(ORIGINAL, originally(original_fora), fora_kind, policy=FORA(interval=INTERVAL)),
-    Way(SESSION, session(FORA(interval=INTERVAL), begun=False), fora_kind, exact=ORIGINAL, policy=FORA(interval=INTERVAL)),
-    Way(BEGUN, session(FORA(interval=INTERVAL), begun=True), fora_kind, exact=ORIGINAL, policy=FORA(interval=INTERVAL)),
+    Way(
+        SESSION,
+        session(FORA(interval=INTERVAL), begun=False),
+        fora_kind,
+        exact=ORIGINAL,
+        policy=FORA(interval=INTERVAL),
+    ),
+    Way(
+        BEGUN,
+        session(FORA(interval=INTERVAL), begun=True),
+        fora_kind,
+        exact=ORIGINAL,
+        policy=FORA(interval=INTERVAL),
+    ),
     *pair(TOCA, partial(original_tokens, TOCA), settled=TOKENS_SETTLED),
     *pair(DUCA, partial(original_tokens, DUCA), settled=TOKENS_SETTLED),
     *pair(TAYLORSEER, original_taylorseer),
