@@ -22,11 +22,10 @@ import torch
 
 import fastcache
 from benchmarks.cases import Case, Form, Size
-from benchmarks.correctness import relative_rms
-from benchmarks.forms import Prepared
-from benchmarks.graphed import captured, measure_replays
-from benchmarks.inputs import Inputs
-from benchmarks.timing import Effort
+from benchmarks.sequences import relative_rms
+from benchmarks.contest import Prepared
+from benchmarks.timing import Effort, captured, measure_replays
+from benchmarks.operands import Operands
 from fastcache.backends import tuning
 from fastcache.backends.cuda_config import CudaKernels
 from fastcache.backends.index_errors import loaded_cuda
@@ -106,7 +105,7 @@ def case_of(key: Key) -> Case:
     )
 
 
-def call_of(key: Key, inputs: Inputs) -> Callable[[], object]:
+def call_of(key: Key, inputs: Operands) -> Callable[[], object]:
     """The call on given inputs: a trunk sum, or the same with LayerNorm and modulation."""
     sum_ = partial(residual_update, inputs.x, inputs.features, inputs.table, gate_index=inputs.gate_index)
     return (

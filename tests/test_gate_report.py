@@ -136,6 +136,25 @@ def test_a_run_that_ended_before_the_kernels_has_a_page_without_a_picture(
     assert not (folder.parent / "out" / "made-up-20000101.png").exists()
 
 
+def test_blocks_and_quotients_are_shown_and_what_is_beyond_ideal_is_noted(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = made_up()
+    kernels, ways = content["stages"]["kernels"], content["stages"]["end_to_end"]["ways"]
+    kernels["blocks"] = [row("fastcache cuda", 1000.0, 0.5, 0.5, work="block", rows=7, flops=10**9)]
+    kernels["blocks_absent"] = [{"case": "another", "provider": None, "reason": "no time"}]
+    ways[0] |= {"pixels": 512}
+    ways[1] |= {"pixels": 512, "ideal": 1.5}
+    text = report(folder, content)
+    assert (
+        "| block | DiT-256 B2 | 7 | fastcache cuda |" in text
+        and "**0.50**" in text
+        and "no time: another" in text
+    )
+    assert "| 512 | 1 | FORA ours | 0 | 2.00 | 1.50 | 1.33 |" in text
+    assert "- 512 px, 1 images, FORA ours: 1.33 of ideal: a full step 1.00 ms, a reuse step 0.04 ms" in text
+
+
 def test_an_empty_folder_says_that_nothing_was_measured_and_how_to(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
