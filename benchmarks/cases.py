@@ -1,4 +1,5 @@
-"""What is measured, and the bytes that each case must move at least. Nothing here knows a device or a clock."""
+"""What is measured, and the bytes that each case must move at least. Nothing here knows a device or a
+clock."""
 
 import enum
 from collections.abc import Sequence
@@ -15,24 +16,26 @@ LAYERS = 28  # of a step's choice
 class Form(str, enum.Enum):
     """A piece of arithmetic on the residual stream. Vectors (shift, scale, gate) are [B, D]."""
 
-    TRUNK = "trunk"
-    UPDATE = "update"
-    UPDATE_MODULATE = "update-modulate"
-    MODULATE = "modulate"
-    STORE = "store"
-    REFRESH = "refresh"
-    FORECAST_2 = "forecast-2"
-    FORECAST_4 = "forecast-4"
-    ERRORS = "errors"
-    UPDATE_MODULATE_RMS = "update-modulate-rms"
-    MODULATE_RMS = "modulate-rms"
-    STREAM = "stream"
-    BLOCK = "block"
+    meaning: str
 
-    @property
-    def meaning(self) -> str:
-        """What is computed, in one line."""
-        return MEANINGS[self]
+    def __new__(cls, value: str, meaning: str) -> "Form":
+        form = str.__new__(cls, value)
+        form._value_, form.meaning = value, meaning
+        return form
+
+    TRUNK = "trunk", "x + sum_j g_j * F_j over every cached branch, in one call"
+    UPDATE = "update", "x + g * F"
+    UPDATE_MODULATE = "update-modulate", "x' = x + g * F and h = LayerNorm(x') * (1 + scale) + shift"
+    MODULATE = "modulate", "h = LayerNorm(x) * (1 + scale) + shift"
+    STORE = "store", "slot = F for all rows, x + g * slot"
+    REFRESH = "refresh", "slot takes 30 % fresh rows, x' = x + g * slot, h of another 30 %"
+    FORECAST_2 = "forecast-2", "x + g * sum_k w_k F_k, order 2 (three features)"
+    FORECAST_4 = "forecast-4", "x + g * sum_k w_k F_k, order 4 (five features)"
+    ERRORS = "errors", "sums of |F - R|, |F| and |R| per sample"
+    UPDATE_MODULATE_RMS = "update-modulate-rms", "x' = x + g * F and h = RMSNorm(x') * (1 + scale) + shift"
+    MODULATE_RMS = "modulate-rms", "h = RMSNorm(x) * (1 + scale) + shift"
+    STREAM = "stream", "slot takes K fresh rows, x' = x + g * slot + g' * attention, h of K other rows"
+    BLOCK = "block", "the same, and the MLP on the K rows of h"
 
     @property
     def order(self) -> int:
@@ -55,26 +58,16 @@ class Form(str, enum.Enum):
         return self.partial or self is Form.REFRESH
 
     @property
+    def modulates(self) -> bool:
+        """True if there is a norm with shift and scale."""
+        return self.refreshes or "modulate" in self.value
+
+    @property
     def writes_slot(self) -> bool:
         """True if a stored feature is written in place."""
         return self.refreshes or self is Form.STORE
 
 
-MEANINGS = {
-    Form.TRUNK: "x + sum_j g_j * F_j over every cached branch, in one call",
-    Form.UPDATE: "x + g * F",
-    Form.UPDATE_MODULATE: "x' = x + g * F and h = LayerNorm(x') * (1 + scale) + shift",
-    Form.MODULATE: "h = LayerNorm(x) * (1 + scale) + shift",
-    Form.STORE: "slot = F for all rows, x + g * slot",
-    Form.REFRESH: "slot takes 30 % fresh rows, x' = x + g * slot, h of another 30 %",
-    Form.FORECAST_2: "x + g * sum_k w_k F_k, order 2 (three features)",
-    Form.FORECAST_4: "x + g * sum_k w_k F_k, order 4 (five features)",
-    Form.ERRORS: "sums of |F - R|, |F| and |R| per sample",
-    Form.UPDATE_MODULATE_RMS: "x' = x + g * F and h = RMSNorm(x') * (1 + scale) + shift",
-    Form.MODULATE_RMS: "h = RMSNorm(x) * (1 + scale) + shift",
-    Form.STREAM: "slot takes K fresh rows, x' = x + g * slot + g' * attention, h of K other rows",
-    Form.BLOCK: "the same, and the MLP on the K rows of h",
-}
 SINGLE_UPDATES = (Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
 PARTIAL_BLOCKS = (Form.STREAM, Form.BLOCK)
 FORMS = tuple(form for form in Form if not form.rms and not form.partial)
@@ -82,7 +75,8 @@ FORMS = tuple(form for form in Form if not form.rms and not form.partial)
 
 @dataclass(frozen=True)
 class Size:
-    """x is [batch, tokens, channels]; `terms` cached branches in a trunk; forms and dtypes measured at this size.
+    """x is [batch, tokens, channels]; `terms` cached branches in a trunk; forms and dtypes measured at this
+    size.
 
     For choices of tokens, `tokens` is a square of an even side, as the spatial bonus needs it.
     """
@@ -126,18 +120,9 @@ SHARES = (0.01, 0.07, 0.25, 0.6)
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """What a form moves at least: whole tensors [B, N, D], rows [B, K, D], vectors [B, D], and 4-byte words."""
-
-    tensors: int
-    rows: int = 0
-    vectors: int = 0
-    words: int = 0
-
-
-@dataclass(frozen=True)
 class Case:
-    """One form at one size in one dtype (of x, features and vectors alike). share: of tokens that are refreshed."""
+    """One form at one size in one dtype (of x, features and vectors alike). share: of tokens that are
+    refreshed."""
 
     form: Form
     size: Size
@@ -205,38 +190,32 @@ class Case:
             update-modulate  4 U + 3 V                     x, F, x', h; gate, shift, scale
             modulate         2 U + 2 V                     x, h; shift, scale
             store            4 U + V                       x, F, slot, x'; gate
-            refresh          (3 + 2 r) U + 3 V + 8 B N     x, slot or fresh, x'; rows of slot and h; two slot maps
-            forecast-m       (m + 3) U + V + 4 (m + 1)     x, m + 1 features, x'; gate; weights
+            refresh          (3 + 2 r) U + 3 V + 8 B N     x, slot or fresh, x'; rows of slot and h; two slot
+            maps forecast-m       (m + 3) U + V + 4 (m + 1)     x, m + 1 features, x'; gate; weights
             errors           2 U + 12 B                    F, R; three fp32 sums per sample
             ...-rms          as with LayerNorm
             stream           (4 + 2 r) U + 4 V + 8 B N     as refresh; the attention's feature and gate
             block            as stream, and its MLP's weights
         """
-        moved, size = traffic(self), self.size
-        elements = moved.tensors * size.elements + moved.vectors * size.batch * size.channels
-        elements += moved.rows * size.batch * self.rows * size.channels
-        return elements * self.dtype.itemsize + 4 * moved.words + self.weight_bytes
-
-
-def traffic(case: Case) -> Traffic:
-    """The table of `Case.min_bytes`."""
-    J, size = case.terms, case.size
-    maps = 2 * size.batch * size.tokens
-    return {
-        Form.TRUNK: Traffic(J + 2, vectors=J, words=J),
-        Form.UPDATE: Traffic(3, vectors=1),
-        Form.UPDATE_MODULATE: Traffic(4, vectors=3),
-        Form.MODULATE: Traffic(2, vectors=2),
-        Form.STORE: Traffic(4, vectors=1),
-        Form.REFRESH: Traffic(3, rows=2, vectors=3, words=maps),
-        Form.FORECAST_2: Traffic(J + 2, vectors=1, words=J),
-        Form.FORECAST_4: Traffic(J + 2, vectors=1, words=J),
-        Form.ERRORS: Traffic(2, words=3 * size.batch),
-        Form.UPDATE_MODULATE_RMS: Traffic(4, vectors=3),
-        Form.MODULATE_RMS: Traffic(2, vectors=2),
-        Form.STREAM: Traffic(4, rows=2, vectors=4, words=maps),
-        Form.BLOCK: Traffic(4, rows=2, vectors=4, words=maps),
-    }[case.form]
+        J, size = self.terms, self.size
+        maps = 2 * size.batch * size.tokens
+        tensors, rows, vectors, words = {
+            Form.TRUNK: (J + 2, 0, J, J),
+            Form.UPDATE: (3, 0, 1, 0),
+            Form.UPDATE_MODULATE: (4, 0, 3, 0),
+            Form.MODULATE: (2, 0, 2, 0),
+            Form.STORE: (4, 0, 1, 0),
+            Form.REFRESH: (3, 2, 3, maps),
+            Form.FORECAST_2: (J + 2, 0, 1, J),
+            Form.FORECAST_4: (J + 2, 0, 1, J),
+            Form.ERRORS: (2, 0, 0, 3 * size.batch),
+            Form.UPDATE_MODULATE_RMS: (4, 0, 3, 0),
+            Form.MODULATE_RMS: (2, 0, 2, 0),
+            Form.STREAM: (4, 2, 4, maps),
+            Form.BLOCK: (4, 2, 4, maps),
+        }[self.form]
+        per_row = tensors * size.tokens + rows * self.rows + vectors
+        return per_row * size.batch * size.channels * self.dtype.itemsize + 4 * words + self.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -270,7 +249,8 @@ class ChoiceCase:
 
     @property
     def min_bytes(self) -> int:
-        """A score and an age read, an age and a slot written, 4 bytes each, for every token of every layer."""
+        """A score and an age read, an age and a slot written, 4 bytes each, for every token of every
+        layer."""
         return 16 * self.layers * self.size.batch * self.size.tokens
 
     @property

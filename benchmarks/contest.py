@@ -40,7 +40,8 @@ class Absence:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender. scope: entered around everything that calls. may_fail: then it is absent with its error."""
+    """A contender. scope: entered around everything that calls. may_fail: then it is absent with its
+    error."""
 
     name: str
     bind: Binder
@@ -50,7 +51,8 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Bound:
-    """A contender's call on every buffer, its error, and the operators that a call dispatches (views excluded)."""
+    """A contender's call on every buffer, its error, and the operators that a call dispatches (views
+    excluded)."""
 
     entrant: Entrant
     calls: list[Call]
@@ -60,12 +62,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one case. vs_*: times faster than that contender (its median over ours), None if absent.
+    """One contender of one case. vs_*: times faster than that contender (its median over ours), None if
+    absent.
 
     bytes: the least that is moved, so gbps is what a perfect implementation would have needed in this time;
-    share_of_copy: gbps over the copy bandwidth of the run. cache: cold if the rotating buffers exceed twice the
-    last-level cache. rows: K, tokens that are refreshed. error: relative RMS, or share of tokens chosen otherwise.
-    cpu_vs_naive: as vs_naive, of CPU time.
+    share_of_copy: gbps over the copy bandwidth of the run. cache: cold if the rotating buffers exceed twice
+    the last-level cache. rows: K, tokens that are refreshed. error: relative RMS, or share of tokens chosen
+    otherwise. cpu_vs_naive: as vs_naive, of CPU time.
     """
 
     case: str
@@ -101,7 +104,8 @@ def sequences_of(case: AnyCase) -> Sequences:
 
 
 class Prepared:
-    """The buffers of a case. Raises NotMeasured if they do not fit into memory, or if it would take too long."""
+    """The buffers of a case. Raises NotMeasured if they do not fit into memory, or if it would take too
+    long."""
 
     def __init__(
         self, case: AnyCase, device: torch.device, max_copies: int = MAX_COPIES, free: int | None = None

@@ -1,4 +1,5 @@
-"""What limits a cached step: arithmetic, weights, or the stream, each from the plan and from what the run measured."""
+"""What limits a cached step: arithmetic, weights, or the stream, each from the plan and from what the run
+measured."""
 
 import statistics
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ def floors_of(
 
 
 def ridge_rows(layout: Layout, batch: int, full_ms: float, read_gbps: float) -> float:
-    """Rows of a float32 GEMM whose arithmetic, at the uncached step's rate, takes as long as reading its weights."""
+    """Rows of a float32 GEMM whose arithmetic, at the uncached step's rate, takes as long as reading its
+    weights."""
     return WIDTH / 2 * (1e3 * full_step(layout).flops(batch) / full_ms) / (1e9 * read_gbps)
 
 
@@ -52,9 +54,9 @@ def weight_bytes(step: StepPlan, *, modulated: bool) -> int:
 
 
 def stream_bytes(step: StepPlan, batch: int) -> int:
-    """Features and stream, in tensors [B, N, D]: a reused feature is read, a refreshed one read and written in
-    part, a forecast reads order + 1, and a computed one is passed through with the stream on both sides of its
-    body."""
+    """Features and stream, in tensors [B, N, D]: a reused feature is read, a refreshed one read and written
+    in part, a forecast reads order + 1, and a computed one is passed through with the stream on both sides of
+    its body."""
     layout: Layout = step.layout
     if step.skip:
         return 0

@@ -1,4 +1,5 @@
-"""Whole generations of a random DiT: uncached, and by each method as its original executes it and as we do."""
+"""Whole generations of a random DiT: uncached, and by each method as its original executes it and as we
+do."""
 
 import enum
 import statistics
@@ -47,7 +48,8 @@ METHOD_WAYS = (Way.ORIGINAL, Way.OURS, Way.BEGUN)
 
 @dataclass(frozen=True)
 class Method:
-    """A caching method. policy(steps): its settings; original: what executes its schedule as the authors do."""
+    """A caching method. policy(steps): its settings; original: what executes its schedule as the authors
+    do."""
 
     name: str
     policy: Callable[[int], Policy]
@@ -57,7 +59,8 @@ class Method:
 
 
 def alternating(steps: int) -> dict[str, list[int]]:
-    """A schedule in SmoothCache's form: attention every third step, MLP every second; the first and last full."""
+    """A schedule in SmoothCache's form: attention every third step, MLP every second; the first and last
+    full."""
     rows = {"attn": [int(k % 3 == 0) for k in range(steps)], "mlp": [int(k % 2 == 0) for k in range(steps)]}
     return {name: [*row[:-1], 1] for name, row in rows.items()}
 
@@ -110,7 +113,8 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Generation:
-    """Outputs, times and operators (views excluded) of the steps of one generation, and the time of `begin`."""
+    """Outputs, times and operators (views excluded) of the steps of one generation, and the time of
+    `begin`."""
 
     outputs: Sequence[Tensor]
     steps: list[Sample]
@@ -124,7 +128,8 @@ class Generation:
 
 
 class Contest:
-    """A model, the inputs of its steps (no sampler: times are of the model), and everyone who generates with it.
+    """A model, the inputs of its steps (no sampler: times are of the model), and everyone who generates with
+    it.
 
     Weights are random everywhere: the identity that a DiT starts as would skip work in nobody.
     """
@@ -228,7 +233,8 @@ class Control:
 
 @contextmanager
 def _compiled_blocks(model: DiT, device: torch.device) -> Iterator[None]:
-    """torch.compile of the block: one graph that serves all of them. In a rehearsal on a CPU it is only traced."""
+    """torch.compile of the block: one graph that serves all of them. In a rehearsal on a CPU it is only
+    traced."""
     torch.compiler.reset()
     try:
         for block in model.blocks:
@@ -259,11 +265,11 @@ class KindRow:
 class MethodRow:
     """One method executed one way.
 
-    generation: time of all steps and of `begin`; typical_us: the same as a sum of every step's own median over
-    the rounds, which a disturbed step does not move; cpu_us: that sum of CPU time. speedup, cpu_speedup: uncached
-    over this one, both typical; ideal: by FLOPs; quotient: speedup over ideal. error: relative RMS of all outputs
-    against the original's. ridge_rows: rows (B K) of a body below which its weights take longer to read than its
-    arithmetic takes, in this run.
+    generation: time of all steps and of `begin`; typical_us: the same as a sum of every step's own median
+    over the rounds, which a disturbed step does not move; cpu_us: that sum of CPU time. speedup, cpu_speedup:
+    uncached over this one, both typical; ideal: by FLOPs; quotient: speedup over ideal. error: relative RMS
+    of all outputs against the original's. ridge_rows: rows (B K) of a body below which its weights take
+    longer to read than its arithmetic takes, in this run.
     """
 
     model: str
@@ -329,9 +335,8 @@ def measure_generations(
         samples = {entrant: Samples(generations) for entrant, generations in found.items()}
         for entrant in everyone:
             row = _row(contest, entrant, samples, operators[entrant], errors.get(entrant), bandwidth)
-            say(
-                f"{row.model}, {entrant.name}: {row.typical_us / 1e3:.0f} ms, {row.speedup:.2f}x, {row.quotient:.2f} of ideal"
-            )
+            found_ = f"{row.typical_us / 1e3:.0f} ms, {row.speedup:.2f}x, {row.quotient:.2f} of ideal"
+            say(f"{row.model}, {entrant.name}: {found_}")
             rows.append(row)
     return tuple(rows)
 
@@ -339,7 +344,8 @@ def measure_generations(
 def checked(
     contest: Contest, everyone: Sequence[Entrant]
 ) -> tuple[dict[Entrant, list[int]], dict[Entrant, float]]:
-    """Operators of each step, and errors against the originals, of one generation each. Raises WrongValues."""
+    """Operators of each step, and errors against the originals, of one generation each. Raises
+    WrongValues."""
     operators, errors, exact = {}, {}, None
     for entrant in everyone:
         found = contest.generate(entrant, count=True)

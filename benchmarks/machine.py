@@ -1,4 +1,5 @@
-"""The machine: caches, memory and bandwidth, what is kept equal for all contenders, what a report says of it."""
+"""The machine: caches, memory and bandwidth, what is kept equal for all contenders, what a report says of
+it."""
 
 import ctypes
 import os
@@ -29,7 +30,8 @@ KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and when a run was made. load: processes that wanted the CPU, a mean over a minute, at the start."""
+    """Where and when a run was made. load: processes that wanted the CPU, a mean over a minute, at the
+    start."""
 
     environment: Environment
     torch_cpu_capability: str
@@ -109,7 +111,8 @@ def threads(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """GB/s (1e9 bytes) of `copy_` (bytes read plus written) and of `sum` (read only), on `threads` threads."""
+    """GB/s (1e9 bytes) of `copy_` (bytes read plus written) and of `sum` (read only), on `threads`
+    threads."""
 
     threads: int
     buffer_bytes: int

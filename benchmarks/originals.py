@@ -1,8 +1,9 @@
-"""The caching methods as their originals execute them on a DiT: block by block, small operators, dictionaries.
+"""The caching methods as their originals execute them on a DiT: block by block, small operators,
+dictionaries.
 
-Written from the equations and operator sequences of the specification (FORA: section 1; ToCa and DuCa: 2, 3, 8;
-TaylorSeer: 6); no original code was read, and no operator of FastCache runs here, so that tests take it as the
-definition, in float64. A plan is all it knows of a method:
+Written from the equations and operator sequences of the specification (FORA: section 1; ToCa and DuCa: 2, 3,
+8; TaylorSeer: 6); no original code was read, and no operator of FastCache runs here, so that tests take it as
+the definition, in float64. A plan is all it knows of a method:
 
 - every block computes all of its modulation at every step;
 - a refresh scores every token anew, sorts them all, gathers K, runs the body and scatters the result. With
@@ -137,7 +138,8 @@ class Original:
 
 
 def attention_and_score(attention: Attention, h: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """(output, what scores come from): the map's mean over heads, or the values' norms beside flash attention."""
+    """(output, what scores come from): the map's mean over heads, or the values' norms beside flash
+    attention."""
     batch, tokens, channels = h.shape
     heads = attention.num_heads
     qkv = attention.qkv(h).view(batch, tokens, 3, heads, channels // heads)

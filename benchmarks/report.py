@@ -11,8 +11,19 @@ from benchmarks.dispatch import DispatchRow
 from benchmarks.generations import UNCACHED, MethodRow
 from benchmarks.machine import Bandwidth, Machine
 from benchmarks.roofline import draw_roofline
-from benchmarks.tables import NOISY, absences, case_notes, is_noisy, lost, method_notes, microseconds, notes
-from benchmarks.tables import section, shown, table
+from benchmarks.tables import (
+    NOISY,
+    absences,
+    case_notes,
+    is_noisy,
+    lost,
+    method_notes,
+    microseconds,
+    notes,
+    section,
+    shown,
+    table,
+)
 
 BUSY = 0.2  # share of noisy timings beyond which a run is not to be quoted
 NEAR = 2.0  # times its largest floor up to which a step is limited by it
@@ -62,7 +73,8 @@ class Flagship:
 class Report:
     """The whole of bench.json. Parts that were not asked for are None or empty.
 
-    load_after: as `machine.load`, at the end. copy_gbps, read_gbps: the best of the run, which shares refer to.
+    load_after: as `machine.load`, at the end. copy_gbps, read_gbps: the best of the run, which shares refer
+    to.
     """
 
     machine: Machine
@@ -130,7 +142,7 @@ def _head(found: dict) -> list[str]:
     timings = [*_timings(found)]
     noisy = sum(map(is_noisy, timings))
     quick = "**A quick run, on sizes that mean nothing.**" if found["quick"] else ""
-    busy = "**The machine was busy: too many timings of this run are noisy for its ratios to be quoted. Repeat it.**"
+    busy = "**The machine was busy: too many timings are noisy for ratios to be quoted. Repeat the run.**"
     kept = "Freed memory is kept by the process."
     returned = "Freed memory may go back to the system, and page faults are part of the times."
     cache = f"last-level cache {machine['last_level_cache_bytes'] / 2**20:.0f} MiB"
@@ -143,11 +155,12 @@ def _head(found: dict) -> list[str]:
     text = [
         quick,
         busy if noisy > BUSY * len(timings) else "",
-        f"{where['processor']}, {where['device']}, {where['threads']} threads, {cache}; {torch_}, {own}; {machine['date']}.",
+        f"{where['processor']}, {where['device']}, {where['threads']} threads, {cache}; {torch_}, {own}; "
+        f"{machine['date']}.",
         f"{found['seconds']:.0f} s; {load}; {noise}. {kept if found['heap_kept'] else returned}",
         "Times are medians. GB/s counts the least bytes that a form can move; its share is of the best copy "
-        "bandwidth below on as many threads. `x naive` and the like: times faster than that contender. CPU time "
-        "is the thread's (the process's, with several threads), which a neighbour on the machine does not move.",
+        "bandwidth below. `x naive` and the like: times faster than that contender. CPU time is the thread's "
+        "(the process's, with several threads), which a neighbour on the machine does not move.",
     ]
     columns = {
         "threads": lambda burst: burst["threads"],
@@ -215,9 +228,9 @@ def _blocks(form: Form, rows: Sequence[dict]) -> list[str]:
 
 def _generations(heading: str, rows: Sequence[dict]) -> list[str]:
     text = (
-        "Typical: every step at its own median over the rounds; measured: uncached over this, both typical. Ideal: "
-        "uncached FLOPs over planned ones. `original` executes the method as its authors do, `begun` announces "
-        "timesteps and labels."
+        "Typical: every step at its own median over the rounds; measured: uncached over this, both typical. "
+        "Ideal: uncached FLOPs over planned ones. `original` executes the method as its authors do, `begun` "
+        "announces timesteps and labels."
     )
     return section(f"{heading}, generations of random float32 DiTs", (*GENERATION, *PROMISE), rows, text)
 

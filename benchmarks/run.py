@@ -1,6 +1,7 @@
 """Measure everything and write bench.json, bench.md and roofline.png.
 
-python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|operators|tokens|methods] [--quick]
+python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|operators|tokens|methods]
+[--quick]
 """
 
 import argparse
@@ -12,12 +13,31 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import FLAGSHIP, SIZES, TINY, TINY_TOKENS, TOKEN_SIZES, Case, ChoiceCase, Form, Size
-from benchmarks.cases import block_cases, cases
+from benchmarks.cases import (
+    FLAGSHIP,
+    SIZES,
+    TINY,
+    TINY_TOKENS,
+    TOKEN_SIZES,
+    Case,
+    ChoiceCase,
+    Form,
+    Size,
+    block_cases,
+    cases,
+)
 from benchmarks.contest import MAX_COPIES, Absence, AnyCase, measure_case, measure_cases
 from benchmarks.dispatch import CALLS, measure_dispatch
-from benchmarks.generations import CPU, FORA_3, METHODS, MODEL_SIZES, SESSION_SIZES, TINY_MODEL, ModelSize
-from benchmarks.generations import measure_generations
+from benchmarks.generations import (
+    CPU,
+    FORA_3,
+    METHODS,
+    MODEL_SIZES,
+    SESSION_SIZES,
+    TINY_MODEL,
+    ModelSize,
+    measure_generations,
+)
 from benchmarks.machine import BRIEF, CACHES, kept_heap, load, machine, measure_bandwidth, threads
 from benchmarks.report import Flagship, Report, write_report
 from benchmarks.timing import Effort
@@ -29,7 +49,8 @@ say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Programme:
-    """What a run measures, and how long. seconds: wall time of the run after which no further form is begun."""
+    """What a run measures, and how long. seconds: wall time of the run after which no further form is
+    begun."""
 
     sizes: tuple[Size, ...] = SIZES
     token_sizes: tuple[Size, ...] = TOKEN_SIZES

@@ -1,9 +1,10 @@
-"""How a case is computed: by the host's own op sequence, by the fewest launches of eager PyTorch, and by FastCache.
+"""How a case is computed: by the host's own op sequence, by the fewest launches of eager PyTorch, and by
+FastCache.
 
-`naive_*` are the sequences of the models and caching methods themselves, in the dtype of x; torch.compile gets
-these. `best_*` use the fused calls of PyTorch that a careful host could. Shapes: x, features, slot [B, N, D];
-gate, shift, scale [B, D]; indices [B, K]. What is computed is in `cases.MEANINGS`. All return new tensors and
-leave their arguments alone, a `slot` excepted.
+`naive_*` are the sequences of the models and caching methods themselves, in the dtype of x; torch.compile
+gets these. `best_*` use the fused calls of PyTorch that a careful host could. Shapes: x, features, slot [B,
+N, D]; gate, shift, scale [B, D]; indices [B, K]. What is computed is in `cases.MEANINGS`. All return new
+tensors and leave their arguments alone, a `slot` excepted.
 """
 
 import abc
@@ -11,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from fastcache import use_backend
 from fastcache.ops import Norm, residual_update, residual_update_scatter_
 
 Outputs = tuple[Tensor, ...]
+Sum = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Outputs]
 Call = Callable[[], object]
 Binder = Callable[..., Call]  # operands to a call without arguments
 
@@ -58,54 +61,19 @@ def best_modulate(x: Tensor, shift: Tensor, scale: Tensor, norm: Callable = F.la
     return (torch.addcmul(shift[:, None], norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None]),)
 
 
-def naive_update_modulate(x, features, gates, shift, scale, norm: Callable = F.layer_norm) -> Outputs:
-    (x,) = naive_trunk(x, features, gates)
-    return (x, *naive_modulate(x, shift, scale, norm))
-
-
-def best_update_modulate(x, features, gates, shift, scale, norm: Callable = F.layer_norm) -> Outputs:
-    (x,) = best_trunk(x, features, gates)
-    return (x, *best_modulate(x, shift, scale, norm))
-
-
-def naive_store(x: Tensor, slot: Tensor, fresh: Tensor, gates: Sequence[Tensor]) -> Outputs:
-    slot.copy_(fresh)
-    return naive_trunk(x, [fresh], gates)
-
-
-def best_store(x: Tensor, slot: Tensor, fresh: Tensor, gates: Sequence[Tensor]) -> Outputs:
-    slot.copy_(fresh)
-    return best_trunk(x, [fresh], gates)
-
-
-def naive_refresh(x, features, gates, slot, fresh, fresh_index, row_index, shift, scale, body) -> Outputs:
-    """From where a body has its fresh rows to where the next one has: scatter, updates, gather, norm, body."""
-    slot.scatter_(1, _columns(fresh_index, x), fresh)
-    (x,) = naive_trunk(x, [slot, *features], gates)
-    (h,) = naive_modulate(x.gather(1, _columns(row_index, x)), shift, scale)
-    return x, h if body is None else body(h)
-
-
-def best_refresh(x, features, gates, slot, fresh, fresh_index, row_index, shift, scale, body) -> Outputs:
-    slot.scatter_(1, _columns(fresh_index, x), fresh)
-    (x,) = best_trunk(x, [slot, *features], gates)
-    (h,) = best_modulate(x.gather(1, _columns(row_index, x)), shift, scale)
-    return x, h if body is None else body(h)
-
-
 def naive_forecast(x: Tensor, differences: Sequence[Tensor], gates: Sequence[Tensor]) -> Outputs:
     """sum_k D_k distance^k / k!, as TaylorSeer sums it."""
     prediction = 0
     for order, difference in enumerate(differences):
         prediction = prediction + (1 / math.factorial(order)) * difference * DISTANCE**order
-    return naive_trunk(x, [prediction], gates)
+    return naive_trunk(x, [prediction], gates[:1])
 
 
 def best_forecast(x: Tensor, differences: Sequence[Tensor], gates: Sequence[Tensor]) -> Outputs:
     prediction = torch.add(differences[0], differences[1], alpha=DISTANCE)
     for order, difference in enumerate(differences[2:], start=2):
         prediction.add_(difference, alpha=DISTANCE**order / math.factorial(order))
-    return best_trunk(x, [prediction], gates)
+    return best_trunk(x, [prediction], gates[:1])
 
 
 def naive_errors(feature: Tensor, reference: Tensor) -> Outputs:
@@ -114,40 +82,65 @@ def naive_errors(feature: Tensor, reference: Tensor) -> Outputs:
 
 
 def best_errors(feature: Tensor, reference: Tensor) -> Outputs:
-    """One temporary; `torch.linalg.vector_norm(..., 1)` moves fewer bytes and is five times slower on a CPU."""
+    """One temporary; `torch.linalg.vector_norm(..., 1)` moves fewer bytes and is five times slower on a
+    CPU."""
     part = torch.sub(feature, reference)
     sums = [part.abs_().sum((1, 2))]
     sums += [torch.abs(tensor, out=part).sum((1, 2)) for tensor in (feature, reference)]
     return (torch.stack(sums, dim=1),)
 
 
-def _columns(index: Tensor, x: Tensor) -> Tensor:
-    """[B, K] -> [B, K, D], as gather and scatter_ take it."""
-    return index[..., None].expand(-1, -1, x.shape[-1])
+def update_modulate(sums: Sum, modulate: Callable[..., Outputs], x, features, gates, shift, scale) -> Outputs:
+    (x,) = sums(x, features, gates)
+    return (x, *modulate(x, shift, scale))
+
+
+def store(sums: Sum, x: Tensor, slot: Tensor, fresh: Tensor, gates: Sequence[Tensor]) -> Outputs:
+    slot.copy_(fresh)
+    return sums(x, [fresh], gates)
+
+
+def refresh(sums: Sum, modulate, x, features, gates, slot, fresh, fresh_index, row_index, shift, scale, body):
+    """From where a body has its fresh rows to where the next one has: scatter, updates, gather, norm,
+    body."""
+    slot.scatter_(1, fresh_index[..., None].expand_as(fresh), fresh)
+    (x,) = sums(x, [slot, *features], gates)
+    (h,) = modulate(x.gather(1, row_index[..., None].expand(-1, -1, x.shape[-1])), shift, scale)
+    return x, h if body is None else body(h)
 
 
 def host(form: Form) -> tuple[Callable[[Operands], tuple], Callable[..., Outputs], Callable[..., Outputs]]:
     """(its operands in order, the naive sequence, the best one)."""
+    naive, best = (naive_trunk,), (best_trunk,)
+    if form.modulates:
+        norm = {"norm": F.rms_norm if form.rms else F.layer_norm}
+        naive, best = (*naive, partial(naive_modulate, **norm)), (*best, partial(best_modulate, **norm))
     if form.refreshes:
-        return lambda i: (i.x, i.features, i.gates, i.slot, i.fresh, i.fresh_index, i.row_index, i.shift,
-                          i.scale, i.body), naive_refresh, best_refresh  # fmt: skip
-    if form.order:
-        return lambda i: (i.x, i.features, [i.gate]), naive_forecast, best_forecast
-    norm = {"norm": F.rms_norm if form.rms else F.layer_norm}
-    if form in (Form.MODULATE, Form.MODULATE_RMS):
-        return (
-            lambda i: (i.x, i.shift, i.scale),
-            partial(naive_modulate, **norm),
-            partial(best_modulate, **norm),
+        names = (
+            "x",
+            "features",
+            "gates",
+            "slot",
+            "fresh",
+            "fresh_index",
+            "row_index",
+            "shift",
+            "scale",
+            "body",
         )
-    if form in (Form.UPDATE_MODULATE, Form.UPDATE_MODULATE_RMS):
-        naive, best = partial(naive_update_modulate, **norm), partial(best_update_modulate, **norm)
-        return lambda i: (i.x, i.features, i.gates, i.shift, i.scale), naive, best
+        return attrgetter(*names), partial(refresh, *naive), partial(refresh, *best)
+    if form.order:
+        return attrgetter("x", "features", "gates"), naive_forecast, best_forecast
+    if form in (Form.MODULATE, Form.MODULATE_RMS):
+        return attrgetter("x", "shift", "scale"), naive[1], best[1]
+    if form.modulates:
+        names = ("x", "features", "gates", "shift", "scale")
+        return attrgetter(*names), partial(update_modulate, *naive), partial(update_modulate, *best)
     if form is Form.STORE:
-        return lambda i: (i.x, i.slot, i.fresh, i.gates), naive_store, best_store
+        return attrgetter("x", "slot", "fresh", "gates"), partial(store, *naive), partial(store, *best)
     if form is Form.ERRORS:
         return lambda i: (i.features[0], i.reference), naive_errors, best_errors
-    return lambda i: (i.x, i.features, i.gates), naive_trunk, best_trunk
+    return attrgetter("x", "features", "gates"), *naive, *best
 
 
 # --- FastCache -----------------------------------------------------------------------------------------
@@ -185,7 +178,8 @@ def _with_body(launch: Call, body: nn.Module) -> Outputs:
 
 
 class Sequences(abc.ABC):
-    """Who computes a case, on which operands, and what counts as the same result: at most `allowed` is off."""
+    """Who computes a case, on which operands, and what counts as the same result: at most `allowed` is
+    off."""
 
     allowed: float
     contenders: dict[str, Binder]
@@ -282,7 +276,7 @@ class FormSequences(Sequences):
 @lru_cache(maxsize=4)
 def _compiled_block(backend: str) -> Callable[..., Outputs]:
     torch.compiler.reset()
-    return torch.compile(naive_refresh, fullgraph=True, backend=backend)
+    return torch.compile(host(Form.BLOCK)[1], fullgraph=True, backend=backend)
 
 
 def _dynamic_in_tokens(compiled: Callable, arguments: Callable[[Operands], tuple], i: Operands) -> Call:

@@ -138,7 +138,8 @@ def absences(absent: Iterable[tuple[str | None, str, str]]) -> list[str]:
 
 
 def case_notes(rows: Sequence[Row], read_gbps: float) -> list[str]:
-    """A note about every row of ours whose ratio differs between the clocks, or that beats the copy by far."""
+    """A note about every row of ours whose ratio differs between the clocks, or that beats the copy by
+    far."""
     lines = []
     for row in (row for row in rows if row["contender"] in OURS):
         name, share = f"{row['case']}, {row['contender']}", row.get("share_of_copy")
@@ -173,9 +174,8 @@ def method_notes(rows: Sequence[Row]) -> list[str]:
             full = uncached[row["model"]]["kinds"][0]
             parts = [part for kind in row["kinds"] if (part := _cheaper(kind, full))]
             why = "; ".join(parts) if parts else "noise: no kind of step is cheaper than its FLOPs"
-            lines.append(
-                f"- {name}: {row['quotient']:.2f} of ideal ({row['cpu_speedup'] / row['ideal']:.2f} by CPU time): {why}"
-            )
+            cpu = f"{row['cpu_speedup'] / row['ideal']:.2f} by CPU time"
+            lines.append(f"- {name}: {row['quotient']:.2f} of ideal ({cpu}): {why}")
     return lines
 
 
@@ -199,5 +199,5 @@ def _cheaper(kind: Row, full: Row) -> str:
 
 def notes(lines: Sequence[str]) -> list[str]:
     """The section."""
-    text = f"Wall and CPU ratios more than {APART - 1:.0%} apart, and results more than {APART - 1:.0%} beyond their ideal."
+    text = f"Wall and CPU ratios that are {APART - 1:.0%} apart, and results as far beyond their ideal."
     return ["## Notes", "", text, "", *lines, ""] if lines else []

@@ -9,7 +9,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.cases import FLAGSHIP, TOKEN_SIZES, ChoiceCase, block_cases, cases
-from benchmarks.contest import AnyCase, Entrant, NotMeasured, Prepared, entrants, sequences_of
+from benchmarks.contest import AnyCase, NotMeasured, Prepared, entrants, sequences_of
 from benchmarks.dispatch import MODES, tiny_calls
 from benchmarks.generations import CPU, FORA_3, METHOD_WAYS, METHODS, MODEL_SIZES, Contest, Way, checked
 from benchmarks.generations import Entrant as Generating

@@ -1,8 +1,9 @@
 """Medians of contenders that take turns, so that whatever slows the machine slows all of them alike.
 
-Every time is taken twice: wall time, and the CPU time of the thread (of the process, where PyTorch has several),
-which a neighbour on the machine does not move. GPU work is timed in CUDA graphs of calls on rotating buffers,
-without the host; on a CPU a replay runs the calls, which serves rehearsals and no measurement.
+Every time is taken twice: wall time, and the CPU time of the thread (of the process, where PyTorch has
+several), which a neighbour on the machine does not move. GPU work is timed in CUDA graphs of calls on
+rotating buffers, without the host; on a CPU a replay runs the calls, which serves rehearsals and no
+measurement.
 """
 
 import gc
@@ -116,8 +117,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time every contender once a round, after one round to warm up; a sample is `calls` calls.
 
-    Each sample of any contender uses the next buffer, so that none finds its operands in a cache where another
-    left them.
+    Each sample of any contender uses the next buffer, so that none finds its operands in a cache where
+    another left them.
     """
     watch, turn = Stopwatch(device), 0
     samples: dict[str, list[Sample]] = {name: [] for name in contenders}
@@ -201,7 +202,8 @@ def host_us(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels and memory operations that a call puts on the GPU; None on a CPU, where it runs all the same."""
+    """Kernels and memory operations that a call puts on the GPU; None on a CPU, where it runs all the
+    same."""
     if device.type != "cuda":
         call()
         return None

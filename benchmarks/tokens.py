@@ -31,7 +31,8 @@ SAMPLES, LOOKAHEADS = 2, 3
 
 @dataclass(frozen=True)
 class Choice:
-    """scores [L, B, N] float32; ages [L, B, N] int32, written; counts: K per layer; device_counts: [L * B]."""
+    """scores [L, B, N] float32; ages [L, B, N] int32, written; counts: K per layer; device_counts: [L *
+    B]."""
 
     scores: Tensor
     ages: Tensor

@@ -12,10 +12,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import cases as described  # noqa: E402
 from benchmarks.cases import FLAGSHIP, TINY, TINY_TOKENS, Case, ChoiceCase, Form, Size  # noqa: E402
-from benchmarks.contest import NotMeasured, Prepared, WrongValues, entrants, measure_case  # noqa: E402
-from benchmarks.contest import Entrant, sequences_of  # noqa: E402
+from benchmarks.contest import (  # noqa: E402  # noqa: E402
+    Entrant,
+    NotMeasured,
+    Prepared,
+    WrongValues,
+    entrants,
+    measure_case,
+    sequences_of,
+)
 from benchmarks.machine import threads  # noqa: E402
-from benchmarks.operands import Operands, make_operands  # noqa: E402
+from benchmarks.operands import Operands  # noqa: E402
 from benchmarks.run import PARTS, QUICK, _before, main  # noqa: E402
 from benchmarks.tables import case_notes, method_notes  # noqa: E402
 from benchmarks.timing import Effort, Sample, Timing, measure  # noqa: E402
@@ -231,8 +238,8 @@ def test_speedups_beyond_ideal_are_explained_by_a_step_or_are_noise() -> None:
                 "operators": operators}  # fmt: skip
 
     def method(name: str, speedup: float, cpu: float, kinds: list) -> dict:
-        return {"model": "M", "method": name, "way": "w", "speedup": speedup, "cpu_speedup": cpu, "ideal": 2.0,
-                "quotient": speedup / 2.0, "kinds": kinds}  # fmt: skip
+        return {"model": "M", "method": name, "way": "w", "speedup": speedup, "cpu_speedup": cpu,
+                "ideal": 2.0,                "quotient": speedup / 2.0, "kinds": kinds}  # fmt: skip
 
     host = method("uncached", 1.0, 1.0, [kind(10.0, 10.0, 100)])
     assert method_notes([host, method("A", 2.2, 2.2, [kind(0.5, 1.0, 20)])]) == []
@@ -267,9 +274,11 @@ def test_a_quick_run_writes_numbers_tables_and_picture(tmp_path, capsys) -> None
     }
     assert report["flagship"]["rows"] and all(row["threads"] == 1 for row in report["flagship"]["rows"])
     text = (tmp_path / "bench.md").read_text()
-    headings = ("Flagship", "Operators: ", "Lost", "Operators on tokens", "Dispatch", "Session: FORA, generations",
-                "Session: FORA, steps", "Partial block, stream", "Partial block, block", "Choice of tokens",
-                "Methods, generations", "Methods, steps")  # fmt: skip
+    headings = ["Flagship", "Operators: ", "Lost", "Operators on tokens", "Dispatch", "Choice of tokens"]
+    headings += [f"Partial block, {work}" for work in ("stream", "block")]
+    headings += [
+        f"{part}, {what}" for part in ("Session: FORA", "Methods") for what in ("generations", "steps")
+    ]
     assert all(f"## {heading}" in text for heading in headings) and str(tmp_path) not in text
     assert "limited by" in text and "waits for its weights" in text and "measured / ideal" in text
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

@@ -10,14 +10,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.contest import WrongValues  # noqa: E402
 from benchmarks.floors import floors_of, ridge_rows, stream_bytes, weight_bytes  # noqa: E402
-from benchmarks.generations import CPU, FORA_3, METHOD_WAYS, METHODS, TINY_MODEL, Contest, Entrant  # noqa: E402
-from benchmarks.generations import Generation, Method, Samples, Way, alternating, checked  # noqa: E402
-from benchmarks.generations import measure_generations  # noqa: E402
+from benchmarks.generations import (  # noqa: E402
+    CPU,
+    FORA_3,
+    METHOD_WAYS,
+    METHODS,
+    TINY_MODEL,
+    Contest,
+    Entrant,
+    Generation,
+    Method,
+    Samples,
+    Way,
+    alternating,
+    checked,
+    measure_generations,  # noqa: E402
+)
 from benchmarks.machine import Bandwidth, threads  # noqa: E402
 from benchmarks.timing import Effort, Sample, Timing  # noqa: E402
 from fastcache import FORA, SmoothCache  # noqa: E402
-from fastcache.schedule import COMPUTE, REUSE, StepPlan, forecast, full_step, refresh  # noqa: E402
-from fastcache.schedule import skip_step, uniform_step  # noqa: E402
+from fastcache.schedule import COMPUTE, REUSE, StepPlan, forecast, full_step, refresh, skip_step, uniform_step  # noqa: E402
 
 EVERY = (FORA_3, *METHODS)
 TIMING = Timing(1, 1, 1, 1, 1)

@@ -1,4 +1,5 @@
-"""The baselines of the benchmarks compute what the originals compute, in as many operators as the originals take."""
+"""The baselines of the benchmarks compute what the originals compute, in as many operators as the originals
+take."""
 
 import sys
 from pathlib import Path
@@ -8,14 +9,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error  # noqa: E402
+from hosts import STEPS, assert_close, inputs, small_dit  # noqa: E402
+from test_golden_token_refresh import POLICIES, policy_of  # noqa: E402
+
 import fastcache  # noqa: E402
 from benchmarks.originals import Original, choose  # noqa: E402
 from fastcache.models import DiT  # noqa: E402
 from fastcache.report import OperatorCount  # noqa: E402
 from fastcache.schedule import Selection  # noqa: E402
-from golden_data import CFG_SCALE, TOLERANCE, golden_model, load_case, relative_error  # noqa: E402
-from hosts import STEPS, assert_close, inputs, small_dit  # noqa: E402
-from test_golden_token_refresh import POLICIES, policy_of  # noqa: E402
 
 LAYOUT = lambda model: fastcache.hosts.recognise(model).layout()  # noqa: E731
 OURS = {

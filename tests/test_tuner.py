@@ -1,4 +1,5 @@
-"""The tuner: what it measures, what it keeps, and that a limit loses nothing that was found. Nothing here is a speed."""
+"""The tuner: what it measures, what it keeps, and that a limit loses nothing that was found. Nothing here is
+a speed."""
 
 import json
 import sys
@@ -9,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.tune import HEURISTIC, TERMS, case_of, graph_clock, keys, main, tune, write  # noqa: E402
 from benchmarks.timing import Effort  # noqa: E402
+from benchmarks.tune import HEURISTIC, TERMS, case_of, graph_clock, keys, main, tune, write  # noqa: E402
 from fastcache.backends import tuning  # noqa: E402
 from fastcache.backends.triton_config import SUM_CONFIGS, SumConfig, legal_row_configs, row_config  # noqa: E402
 from fastcache.backends.tuning import Key, decoded, legal_configs, row_bucket, term_bucket  # noqa: E402

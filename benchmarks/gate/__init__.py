@@ -1,1 +1,2 @@
-"""The GPU gate: builds, tests and measures on a machine with a GPU, in one call. Started by benchmarks/gpu_gate.sh."""
+"""The GPU gate: builds, tests and measures on a machine with a GPU, in one call. Started by
+benchmarks/gpu_gate.sh."""

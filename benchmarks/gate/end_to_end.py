@@ -1,5 +1,5 @@
-"""Stage `end_to_end`: DiT-XL/2 of random weights, 50 steps with CFG, in every way: at 256 px, and at 512 px with
-one batch. Another method joins by its `Method` in METHODS."""
+"""Stage `end_to_end`: DiT-XL/2 of random weights, 50 steps with CFG, in every way: at 256 px, and at 512 px
+with one batch. Another method joins by its `Method` in METHODS."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -43,11 +43,12 @@ SLACK, EXTRA_US = 1.15, 60.0  # the target for a graphed reuse step: SLACK x the
 
 @dataclass(frozen=True)
 class WayRow:
-    """One way at one batch. steps: time of a step by its kind; begin, generation: all steps and what is before them.
+    """One way at one batch. steps: time of a step by its kind; begin, generation: all steps and what is
+    before them.
 
-    launches: kernels and memory operations of a step by kind. error: relative RMS of the last outputs against the
-    way that it must reproduce. peak_bytes: of GPU memory, the model included. ideal: speedup by FLOPs, None
-    without a plan.
+    launches: kernels and memory operations of a step by kind. error: relative RMS of the last outputs against
+    the way that it must reproduce. peak_bytes: of GPU memory, the model included. ideal: speedup by FLOPs,
+    None without a plan.
     """
 
     pixels: int
@@ -64,8 +65,8 @@ class WayRow:
 
 @dataclass(frozen=True)
 class GraphRow:
-    """The reuse step, captured in a graph with embedders and final layer. floor_us: the trunk's least bytes at the
-    copy bandwidth of this run."""
+    """The reuse step, captured in a graph with embedders and final layer. floor_us: the trunk's least bytes
+    at the copy bandwidth of this run."""
 
     batch: int
     replay: Timing
@@ -198,7 +199,8 @@ def by_kind(generations: Sequence[Generation], kinds: Sequence[str]) -> dict[str
 
 
 def error_of(entrant: Entrant, found: Generation, outputs: dict[str, Tensor]) -> float | None:
-    """Against the host for compiled blocks, and the original for our ways; raises ValueError beyond what is allowed."""
+    """Against the host for compiled blocks, and the original for our ways; raises ValueError beyond what is
+    allowed."""
     outputs[entrant.name] = torch.stack([*found.outputs]).float()
     if entrant.way in (Way.HOST, Way.ORIGINAL):
         return None
@@ -210,7 +212,8 @@ def error_of(entrant: Entrant, found: Generation, outputs: dict[str, Tensor]) ->
 
 
 def counted(control: Control, kinds: Sequence[str], settled: int = 0) -> dict[str, int | None]:
-    """Launches of the second step of each kind (the first of some keep features for later), from `settled` on."""
+    """Launches of the second step of each kind (the first of some keep features for later), from `settled`
+    on."""
     later = kinds[settled:]
     second = {
         kind: [k for k, one in enumerate(later) if one == kind][:2][-1] for kind in dict.fromkeys(later)

@@ -1,5 +1,6 @@
-"""Stage `kernels`: every case at the sizes of real models, by graph replay on rotating buffers, beside a copy of
-the same run. Cases come in order of what they decide; what the budget does not reach is listed with the reason.
+"""Stage `kernels`: every case at the sizes of real models, by graph replay on rotating buffers, beside a copy
+of the same run. Cases come in order of what they decide; what the budget does not reach is listed with the
+reason.
 
 `blocks` has partial blocks and choices of tokens, `cases` the forms.
 """
@@ -27,8 +28,17 @@ from benchmarks.cases import (
     Form,
     Size,
 )
-from benchmarks.contest import Absence, AnyCase, Entrant, NotMeasured, Prepared, Row, WrongValues
-from benchmarks.contest import first_line, outcome
+from benchmarks.contest import (
+    Absence,
+    AnyCase,
+    Entrant,
+    NotMeasured,
+    Prepared,
+    Row,
+    WrongValues,
+    first_line,
+    outcome,
+)
 from benchmarks.gate.peers import PEERS
 from benchmarks.gate.prerequisites import clocks
 from benchmarks.gate.stage import Failed, Stage, run
@@ -73,7 +83,8 @@ class GateRow(Row):
 
 
 def form_cases(dry_run: bool) -> list[Case]:
-    """bf16: the decisive forms at every size, then the others, then RMSNorm; fp32 at the smallest size last."""
+    """bf16: the decisive forms at every size, then the others, then RMSNorm; fp32 at the smallest size
+    last."""
     sizes = (TINY,) if dry_run else GATE_SIZES
     others = tuple(form for form in Form if form not in DECISIVE and not form.partial)
     wanted = [(form, size) for part in (DECISIVE, others) for size in sizes for form in part]
@@ -83,7 +94,8 @@ def form_cases(dry_run: bool) -> list[Case]:
 
 
 def block_cases(dry_run: bool) -> list[AnyCase]:
-    """Choices of tokens; then bf16 blocks, the stream alone first, common shares of tokens before rare ones."""
+    """Choices of tokens; then bf16 blocks, the stream alone first, common shares of tokens before rare
+    ones."""
     sizes = (TINY_TOKENS,) if dry_run else BLOCK_SIZES
     wanted = [(form, share, size) for form in PARTIAL_BLOCKS for share in BLOCK_SHARES for size in sizes]
     blocks = [Case(form, size, torch.bfloat16, share) for form, share, size in wanted]
@@ -110,7 +122,10 @@ def kernels(stage: Stage) -> None:
         deadline = time.monotonic() + BLOCKS_SHARE * stage.seconds_left
         left = lambda: float("inf") if stage.dry_run else deadline - time.monotonic()  # noqa: E731
         until(stage, "blocks", block_cases(stage.dry_run), left, BLOCK_SECONDS, measured)
-        chosen = lambda case: measured(case, autotune=autotunes or case.size.name in AUTOTUNED_SIZES)  # noqa: E731
+
+        def chosen(case: AnyCase) -> tuple:
+            return measured(case, autotune=autotunes or case.size.name in AUTOTUNED_SIZES)
+
         until(stage, "cases", form_cases(stage.dry_run), lambda: stage.seconds_left, CASE_SECONDS, chosen)
         if not stage.dry_run:
             stage.put(bandwidth_after=asdict(measure_bandwidth(device)))
@@ -131,7 +146,8 @@ def until(
     least: float,
     measured: Callable[[AnyCase], tuple[list[GateRow], list[Absence]]],
 ) -> None:
-    """Cases of a part until fewer than `least` seconds are left; what is not reached is among its absences."""
+    """Cases of a part until fewer than `least` seconds are left; what is not reached is among its
+    absences."""
     missing = "absent" if part == "cases" else f"{part}_absent"
     for number, case in enumerate(cases):
         if seconds_left() < least:
@@ -258,7 +274,8 @@ def scoped(replay: Replay, entrant: Entrant, device: torch.device) -> Replay:
 
 
 def check_real_sizes(stage: Stage) -> None:
-    """Every real case, with tensors that have shapes and no memory: it must be accepted, and fit into a GPU."""
+    """Every real case, with tensors that have shapes and no memory: it must be accepted, and fit into a
+    GPU."""
     forms, blocks = form_cases(False), block_cases(False)
     checked = [case for case in (*forms, *blocks) if isinstance(case, Case)]
     for case in checked:

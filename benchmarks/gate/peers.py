@@ -1,8 +1,9 @@
-"""Kernels of other projects beside ours, from files that an environment variable names. None of them is kept here.
+"""Kernels of other projects beside ours, from files that an environment variable names. None of them is kept
+here.
 
-    FASTCACHE_PEER_SGLANG    scale_residual_norm_scale_shift_triton.py of SGLang: update and LayerNorm, one sample
-    FASTCACHE_PEER_FASTVIDEO modulation.py of FastVideo's minimax_h3_fusions: update and RMSNorm modulate
-    FASTCACHE_PEER_LIGER     liger_kernel's wheel or folder: RMSNorm modulate
+    FASTCACHE_PEER_SGLANG    scale_residual_norm_scale_shift_triton.py of SGLang: update and LayerNorm, one
+    sample FASTCACHE_PEER_FASTVIDEO modulation.py of FastVideo's minimax_h3_fusions: update and RMSNorm
+    modulate FASTCACHE_PEER_LIGER     liger_kernel's wheel or folder: RMSNorm modulate
 
 Calls were written from the signatures that these projects document and have not run here; a peer whose call
 or values do not fit is absent with the reason.

@@ -25,8 +25,10 @@ from benchmarks.tables import (
     lost,
     microseconds,
     notes,
+    section,
+    shown,
+    table,
 )
-from benchmarks.tables import section, shown, table
 
 RESULTS = ROOT / "benchmarks" / "results"
 LARGE = 60e6  # bytes from which a target holds
@@ -37,8 +39,8 @@ TARGETS = {
     "modulate": 0.82,
 }  # share of the copy bandwidth
 NOTHING = (
-    "no GPU result is committed yet, so there is nothing to draw: run benchmarks/gpu_gate.sh on a machine with a "
-    "GPU and commit its JSON as benchmarks/results/<device>-<date>.json"
+    "no GPU result is committed yet, so there is nothing to draw: run benchmarks/gpu_gate.sh on a "
+    "machine with a GPU and commit its JSON as benchmarks/results/<device>-<date>.json"
 )
 SUMMARY = (
     "form",
@@ -162,7 +164,8 @@ GRAPH = {
 
 
 def compared(ways: Sequence[dict]) -> tuple[list[dict], list[str]]:
-    """(generations with their speedups over the uncached one of their size, notes about those beyond ideal)."""
+    """(generations with their speedups over the uncached one of their size, notes about those beyond
+    ideal)."""
     size = lambda row: (row.get("pixels", 256), row["batch"])  # noqa: E731
     uncached = {size(row): row["generation"]["median_us"] for row in ways if row["way"] == "uncached"}
     rows, lines = [], []

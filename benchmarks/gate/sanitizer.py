@@ -14,7 +14,8 @@ TOOLS, BACKENDS = ("memcheck", "racecheck"), ("cuda", "triton")
 FOUND = 86  # exit status when a tool found something
 LAST_LINES = 20
 NOT_FINISHED = "not finished in time"
-# (name of tests/cases.py, precision, tokens, channels): aligned and not, a warp or several per row, all epilogues
+# (name of tests/cases.py, precision, tokens, channels): aligned and not, a warp or several per row, all
+# epilogues
 CALLS = (
     ("packed-gates", "bf16", 33, 1152),
     ("gated-per-token", "bf16", 5, 72),

@@ -39,7 +39,8 @@ class Progress:
 
 
 def tests(stage: Stage) -> None:
-    """Run the tests. In a dry run the tests of values are rehearsed on the CPU, and the others skip themselves."""
+    """Run the tests. In a dry run the tests of values are rehearsed on the CPU, and the others skip
+    themselves."""
     progress = Progress(stage)
     if stage.dry_run:
         os.environ["FASTCACHE_GPU_TESTS_ON_CPU"] = "1"
