@@ -42,35 +42,17 @@ class Form(str, enum.Enum):
         """Order of a forecast, 0 for other forms; its terms are order + 1."""
         return {Form.FORECAST_2: 2, Form.FORECAST_4: 4}.get(self, 0)
 
-    @property
-    def rms(self) -> bool:
-        """True for the forms that only kernels of other projects on a GPU are compared in."""
-        return self in (Form.UPDATE_MODULATE_RMS, Form.MODULATE_RMS)
-
-    @property
-    def partial(self) -> bool:
-        """True for partial blocks: the part `tokens`."""
-        return self in (Form.STREAM, Form.BLOCK)
-
-    @property
-    def refreshes(self) -> bool:
-        """True if rows are gathered and scattered, so that tokens mix."""
-        return self.partial or self is Form.REFRESH
-
-    @property
-    def modulates(self) -> bool:
-        """True if there is a norm with shift and scale."""
-        return self.refreshes or "modulate" in self.value
-
-    @property
-    def writes_slot(self) -> bool:
-        """True if a stored feature is written in place."""
-        return self.refreshes or self is Form.STORE
-
 
 SINGLE_UPDATES = (Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
-PARTIAL_BLOCKS = (Form.STREAM, Form.BLOCK)
-FORMS = tuple(form for form in Form if not form.rms and not form.partial)
+PARTIAL_BLOCKS = (Form.STREAM, Form.BLOCK)  # the part `tokens`
+RMS = (
+    Form.UPDATE_MODULATE_RMS,
+    Form.MODULATE_RMS,
+)  # for kernels of other projects, on a GPU
+REFRESHING = (*PARTIAL_BLOCKS, Form.REFRESH)  # rows are gathered and scattered, so that tokens mix
+WRITING = (*REFRESHING, Form.STORE)  # a stored feature is written in place
+MODULATING = (*REFRESHING, *(form for form in Form if "modulate" in form.value))
+FORMS = tuple(form for form in Form if form not in RMS and form not in PARTIAL_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -137,20 +119,20 @@ class Case:
     @property
     def name(self) -> str:
         """`trunk-dit-256-b2-bf16`, `block-n256-b2-7pc-fp32`."""
-        share = f"{100 * self.share:.0f}pc-" if self.form.partial else ""
+        share = f"{100 * self.share:.0f}pc-" if self.form in PARTIAL_BLOCKS else ""
         return f"{self.label}-{self.size.slug}-{share}{DTYPE_NAMES[self.dtype]}"
 
     @property
     def rows(self) -> int:
         """K, tokens per sample that a refresh recomputes."""
-        return max(1, int(self.share * self.size.tokens)) if self.form.refreshes else 0
+        return max(1, int(self.share * self.size.tokens)) if self.form in REFRESHING else 0
 
     @property
     def terms(self) -> int:
         """Features that are added."""
         if self.form is Form.TRUNK:
             return self.size.terms
-        return 2 if self.form.partial else self.form.order + 1
+        return 2 if self.form in PARTIAL_BLOCKS else self.form.order + 1
 
     @property
     def tensor_bytes(self) -> int:
@@ -172,7 +154,7 @@ class Case:
     @property
     def operand_bytes(self) -> int:
         """Bytes of the operands of one call, rows [B, K, D] counted as whole tensors."""
-        return self.tensor_bytes * (1 + self.terms + 2 * self.form.writes_slot)
+        return self.tensor_bytes * (1 + self.terms + 2 * (self.form in WRITING))
 
     @property
     def working_bytes(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import MLP_RATIO, Case, Form
+from benchmarks.cases import MLP_RATIO, PARTIAL_BLOCKS, REFRESHING, Case, Form
 from fastcache.models.dit import Mlp
 from fastcache.ops import slot_map
 
@@ -93,12 +93,12 @@ def make_operands(case: Case, device: torch.device, seed: int = 0, body: nn.Modu
         return replace(made, features=(made.x,), reference=source.tensor())
     if form is Form.STORE:
         return replace(made, slot=source.tensor(), fresh=source.tensor())
-    if form.refreshes:
+    if form in REFRESHING:
         fresh, row = source.rows(), source.rows()
         maps = [slot_map(index, case.size.tokens).slots for index in (fresh, row)]
         made = replace(made, fresh_index=fresh, row_index=row, fresh_slots=maps[0], row_slots=maps[1])
         made = replace(made, slot=source.tensor(), fresh=source.tensor()[:, : case.rows].contiguous())
-        return replace(made, features=(source.tensor(),)) if form.partial else made
+        return replace(made, features=(source.tensor(),)) if form in PARTIAL_BLOCKS else made
     if form in (Form.MODULATE, Form.MODULATE_RMS):
         return made
     made = replace(made, features=tuple(source.tensor() for _ in range(J)))

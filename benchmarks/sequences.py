@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, Form
+from benchmarks.cases import MODULATING, PARTIAL_BLOCKS, REFRESHING, RMS, WRITING, Case, Form
 from benchmarks.operands import DISTANCE, Operands, make_mlp, make_operands
 from fastcache import use_backend
 from fastcache.ops import Norm, residual_update, residual_update_scatter_
@@ -112,10 +112,10 @@ def refresh(sums: Sum, modulate, x, features, gates, slot, fresh, fresh_index, r
 def host(form: Form) -> tuple[Callable[[Operands], tuple], Callable[..., Outputs], Callable[..., Outputs]]:
     """(its operands in order, the naive sequence, the best one)."""
     naive, best = (naive_trunk,), (best_trunk,)
-    if form.modulates:
-        norm = {"norm": F.rms_norm if form.rms else F.layer_norm}
+    if form in MODULATING:
+        norm = {"norm": F.rms_norm if form in RMS else F.layer_norm}
         naive, best = (*naive, partial(naive_modulate, **norm)), (*best, partial(best_modulate, **norm))
-    if form.refreshes:
+    if form in REFRESHING:
         names = (
             "x",
             "features",
@@ -133,7 +133,7 @@ def host(form: Form) -> tuple[Callable[[Operands], tuple], Callable[..., Outputs
         return attrgetter("x", "features", "gates"), naive_forecast, best_forecast
     if form in (Form.MODULATE, Form.MODULATE_RMS):
         return attrgetter("x", "shift", "scale"), naive[1], best[1]
-    if form.modulates:
+    if form in MODULATING:
         names = ("x", "features", "gates", "shift", "scale")
         return attrgetter(*names), partial(update_modulate, *naive), partial(update_modulate, *best)
     if form is Form.STORE:
@@ -148,17 +148,19 @@ def host(form: Form) -> tuple[Callable[[Operands], tuple], Callable[..., Outputs
 
 def ours(form: Form, i: Operands) -> Call:
     """The public function, in one launch; a partial block calls its body after it."""
-    modulated = {"norm": Norm.RMS if form.rms else Norm.LAYER, "shift": i.shift, "scale": i.scale}
+    modulated = {"norm": Norm.RMS if form in RMS else Norm.LAYER, "shift": i.shift, "scale": i.scale}
     if form is Form.TRUNK:
         return partial(residual_update, i.x, i.features, i.table, gate_index=i.gate_index)
     if form is Form.STORE:
         return partial(residual_update_scatter_, i.x, i.slot, i.fresh, gates=i.gate)
-    if form.refreshes:
-        gates = {"gates": i.table, "gate_index": i.gate_index} if form.partial else {"gates": i.gate}
+    if form in REFRESHING:
+        gates = (
+            {"gates": i.table, "gate_index": i.gate_index} if form in PARTIAL_BLOCKS else {"gates": i.gate}
+        )
         rows = {"row_slots": i.row_slots, "row_count": i.row_index.shape[1]}
         scatter = partial(residual_update_scatter_, i.x, i.slot, i.fresh, i.fresh_slots, list(i.features))
         launch = partial(scatter, position=0, **gates, **modulated, **rows)
-        return partial(_with_body, launch, i.body) if form.partial else launch
+        return partial(_with_body, launch, i.body) if form in PARTIAL_BLOCKS else launch
     if form.order:
         return partial(residual_update, i.x, i.features, i.gate, weights=i.weights)
     if form is Form.ERRORS:
@@ -217,14 +219,14 @@ class FormSequences(Sequences):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        if not case.form.partial:
+        if case.form not in PARTIAL_BLOCKS:
             torch.compiler.reset()  # graphs of this case alone: no recompile limit, no dynamic shapes
         self._arguments, self._naive, self._best = host(case.form)
         self._body: nn.Module | None = None
         eager = partial(within_eager, partial(ours, case.form))
         self.contenders = {NAIVE: self._eagerly(self._naive), BEST: self._eagerly(self._best)}
         self.contenders |= {OURS: partial(ours, case.form)}
-        self.contenders |= {} if case.form.partial else {OURS_EAGER: eager}
+        self.contenders |= {} if case.form in PARTIAL_BLOCKS else {OURS_EAGER: eager}
         if case.form is Form.BLOCK:
             self.contenders[MLP_ALONE] = lambda i: lambda: (i.fresh, i.body(i.fresh))
         self.allowed = allowed_error(case)
@@ -233,38 +235,38 @@ class FormSequences(Sequences):
         return lambda i: partial(sequence, *self._arguments(i))
 
     def make(self, device: torch.device, seed: int = 0) -> Operands:
-        if self.case.form.partial and self._body is None:
+        if self.case.form in PARTIAL_BLOCKS and self._body is None:
             self._body = make_mlp(self.case, device)
         return make_operands(self.case, device, seed, self._body)
 
     def compiled(self, backend: str = "inductor", mode: str | None = None) -> Binder:
         """A graph of this case alone; for partial blocks one for any K, which changes from layer to layer."""
-        if self.case.form.partial:
+        if self.case.form in PARTIAL_BLOCKS:
             return partial(_dynamic_in_tokens, _compiled_block(backend), self._arguments)
         options = {"mode": mode} if backend == "inductor" else {"backend": backend}
         return self._eagerly(torch.compile(self._naive, fullgraph=True, dynamic=False, **options))
 
     def written(self, i: Operands) -> Outputs:
-        return (i.slot,) if self.case.form.writes_slot else ()
+        return (i.slot,) if self.case.form in WRITING else ()
 
     def exact(self, i: Operands) -> Outputs:
         """The naive sequence in float64."""
         wide = (i if self._whole else i.at(self._tokens(i))).double()
         found = (*self._naive(*self._arguments(wide)), *self.written(wide))
-        if not self.case.form.partial:
+        if self.case.form not in PARTIAL_BLOCKS:
             return found
         h = found[1][:, self._rows(i)]
         return (found[0], copy.deepcopy(i.body).double()(h), *found[2:])
 
     def seen(self, i: Operands, result) -> Outputs:
         found = (*(tensor for tensor in result if tensor is not None), *self.written(i))
-        if self.case.form.partial:
+        if self.case.form in PARTIAL_BLOCKS:
             return (found[0], found[1][:, self._rows(i)], *found[2:])
         return found if self._whole else tuple(tensor[:, self._tokens(i)] for tensor in found)
 
     @property
     def _whole(self) -> bool:
-        return self.case.form.refreshes or self.case.form is Form.ERRORS
+        return self.case.form in REFRESHING or self.case.form is Form.ERRORS
 
     def _tokens(self, i: Operands) -> Tensor:
         return _evenly(self.case.size.tokens, max(2, ROWS // self.case.size.batch), i.x.device)
@@ -302,7 +304,7 @@ def allowed_error(case: Case) -> float:
     """
     unit = torch.finfo(case.dtype).eps / 2
     summed = case.size.tokens * case.size.channels if case.form is Form.ERRORS else 0
-    rounded = 32 if case.form.partial else 4 + 2 * case.terms**0.5
+    rounded = 32 if case.form in PARTIAL_BLOCKS else 4 + 2 * case.terms**0.5
     return unit * rounded + torch.finfo(torch.float32).eps / 2 * summed**0.5
 
 

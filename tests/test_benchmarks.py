@@ -31,7 +31,9 @@ from fastcache.backends.eager_tokens import select_tokens_  # noqa: E402
 from fastcache.models.dit import Mlp  # noqa: E402
 
 CPU, ONCE = torch.device("cpu"), Effort(0.0, 1, 1)
-FORMS = [Case(form, TINY, dtype) for form in Form if not form.partial for dtype in TINY.dtypes]
+FORMS = [
+    Case(form, TINY, dtype) for form in Form if form not in described.PARTIAL_BLOCKS for dtype in TINY.dtypes
+]
 BLOCKS = described.block_cases((TINY_TOKENS,), (0.01, 0.25, 1.0))
 BLOCKS += [Case(form, TINY_TOKENS, torch.bfloat16, 0.25) for form in described.PARTIAL_BLOCKS]
 TOKENS = [ChoiceCase(TINY_TOKENS, 0.3, 5), *operator_cases((24,), 64, 4, 2)]

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.cases import TINY, TINY_TOKENS, Case, ChoiceCase, Form  # noqa: E402
+from benchmarks.cases import PARTIAL_BLOCKS, TINY, TINY_TOKENS, Case, ChoiceCase, Form  # noqa: E402
 from benchmarks.gate import __main__ as gate  # noqa: E402
 from benchmarks.gate import build, end_to_end, kernels, peers, prerequisites, sanitizer  # noqa: E402
 from benchmarks.gate.prerequisites import Tool  # noqa: E402
@@ -269,7 +269,7 @@ def test_the_sanitizer_watches_every_kind_of_kernel_path() -> None:
 def test_the_cases_decide_first_and_cover_every_form_and_size_of_the_design() -> None:
     forms, blocks = kernels.form_cases(False), kernels.block_cases(False)
     assert len({case.name for case in (*forms, *blocks)}) == len(forms) + len(blocks)
-    assert {case.form for case in forms} == {form for form in Form if not form.partial}
+    assert {case.form for case in forms} == {form for form in Form if form not in PARTIAL_BLOCKS}
     assert {size.name for size in kernels.GATE_SIZES} == {case.size.name for case in forms}
     decisive = [case.form in kernels.DECISIVE for case in forms if case.dtype is BF16]
     assert decisive == sorted(decisive, reverse=True)

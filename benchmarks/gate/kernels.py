@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 import fastcache
 from benchmarks.cases import (
     PARTIAL_BLOCKS,
+    RMS,
     SIZES,
     TINY,
     TINY_TOKENS,
@@ -86,9 +87,9 @@ def form_cases(dry_run: bool) -> list[Case]:
     """bf16: the decisive forms at every size, then the others, then RMSNorm; fp32 at the smallest size
     last."""
     sizes = (TINY,) if dry_run else GATE_SIZES
-    others = tuple(form for form in Form if form not in DECISIVE and not form.partial)
+    others = tuple(form for form in Form if form not in DECISIVE and form not in PARTIAL_BLOCKS)
     wanted = [(form, size) for part in (DECISIVE, others) for size in sizes for form in part]
-    fits = [(form, size) for form, size in wanted if form in size.forms or (form.rms and size.batch == 1)]
+    fits = [(form, size) for form, size in wanted if form in size.forms or (form in RMS and size.batch == 1)]
     found = [Case(form, size, torch.bfloat16) for form, size in (wanted if dry_run else fits)]
     return found + [Case(form, sizes[0], torch.float32) for form in DECISIVE]
 
@@ -238,7 +239,7 @@ def contenders(
     found.append(Entrant(COMPILED, sequences.compiled(compiler), may_fail=True))
     if not forms:
         return [*found, Entrant(OURS, sequences.contenders[OURS])], absent
-    if not case.form.partial:
+    if case.form not in PARTIAL_BLOCKS:
         if autotune:
             tuned = sequences.compiled(compiler, "max-autotune-no-cudagraphs")
             found.append(Entrant(AUTOTUNED, tuned, may_fail=True))
@@ -254,7 +255,7 @@ def contenders(
         else:
             absent[name] = status[backend].reason
     found.sort(key=lambda entrant: entrant.name == MLP_ALONE)
-    for peer in () if case.form.partial else PEERS:
+    for peer in () if case.form in PARTIAL_BLOCKS else PEERS:
         reason = peer.absence(case)
         if reason:
             absent[peer.name] = reason
@@ -280,7 +281,7 @@ def check_real_sizes(stage: Stage) -> None:
     checked = [case for case in (*forms, *blocks) if isinstance(case, Case)]
     for case in checked:
         with FakeTensorMode(), torch.no_grad(), patch("benchmarks.operands.slot_map", unread_map):
-            body = torch.nn.Identity() if case.form.partial else None
+            body = torch.nn.Identity() if case.form in PARTIAL_BLOCKS else None
             ours(case.form, make_operands(case, torch.device("cpu"), body=body))()
         need = case.operand_bytes + case.working_bytes
         if need > SMALLEST_GPU:
