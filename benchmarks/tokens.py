@@ -52,9 +52,9 @@ def topk_per_layer(i: Choice) -> list[Tensor]:
     return [_taken(_scored(score, ages), ages.add_(1), count) for score, ages, count in layers]
 
 
-def scored_at_once(i: Choice) -> list[Tensor]:
+def scored_at_once(i: Choice, scored: Callable[[Tensor, Tensor], Tensor] | None = None) -> list[Tensor]:
     """Scores of all layers in common operators; torch.topk, slot map and ages per layer, whose K differ."""
-    score = _scored(i.scores.flatten(0, 1), i.ages.flatten(0, 1)).view_as(i.scores)
+    score = (scored or _scored)(i.scores.flatten(0, 1), i.ages.flatten(0, 1)).view_as(i.scores)
     i.ages.add_(1)
     return [_taken(one, ages, count) for one, ages, count in zip(score, i.ages, i.counts, strict=True)]
 
@@ -100,8 +100,8 @@ class ChoiceSequences(Sequences):
 
     def compiled(self, backend: str = "inductor", mode: str | None = None) -> Binder:
         torch.compiler.reset()
-        made = torch.compile(_parts_at_once, fullgraph=True, dynamic=False, backend=backend)
-        return lambda i: partial(made, i.scores, i.ages, i.counts)
+        made = torch.compile(_scored, fullgraph=True, dynamic=False, backend=backend)
+        return lambda i: partial(scored_at_once, i, made)  # topk of 28 different K compiles for a minute
 
     def written(self, i: Choice) -> Outputs:
         return (i.ages,)
@@ -117,10 +117,6 @@ class ChoiceSequences(Sequences):
     def off(self, found: Tensor, exact: Tensor) -> float:
         right = torch.equal(found.sum(-1), exact.sum(-1))
         return float((found != exact).float().mean()) if right else float("inf")
-
-
-def _parts_at_once(scores: Tensor, ages: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
-    return scored_at_once(Choice(scores, ages, counts, scores))
 
 
 # --- scores and errors ---------------------------------------------------------------------------------
