@@ -4,10 +4,10 @@ import copy
 from collections.abc import Callable, Collection
 
 import torch
+from hosts import STEPS, inputs, run
 from torch import Tensor, nn
 
 import fastcache
-from hosts import STEPS, inputs, run
 
 POLICY = fastcache.FORA(interval=3)
 FULL = POLICY.full_steps(STEPS)

@@ -1,25 +1,23 @@
 """Bad indices are reported by the session whose kernels met them, wherever its model's weights are."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from equal_or_loud import POLICY
+from hosts import STEPS, run, small_dit
 from torch import Tensor
 
 import fastcache
-from equal_or_loud import POLICY
 from fastcache.backends import index_errors, index_flags
-from hosts import STEPS, run, small_dit
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def flag(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
+def flag(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The sticky flag of a device on which kernels have run: here the CPU."""
     monkeypatch.setattr(index_errors, "FLAGS", {})
     monkeypatch.setattr(index_flags, "FLAGS", index_errors.FLAGS)
-    yield index_flags.error_flag(CPU)
+    return index_flags.error_flag(CPU)
 
 
 def test_a_session_raises_for_a_bad_index_of_its_own(flag: Tensor) -> None:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from equal_or_loud import StepCaching, assert_equal, equal_or_loud
+from hosts import STEPS, inputs, run, small_dit
+from naive_refresh import run_naively
 from torch import Tensor
 
 import fastcache
-from equal_or_loud import StepCaching, assert_equal, equal_or_loud
 from fastcache.hosts import recognise
 from fastcache.schedule import (
     COMPUTE,
@@ -23,8 +25,6 @@ from fastcache.schedule import (
     skip_step,
     uniform_step,
 )
-from hosts import STEPS, inputs, run, small_dit
-from naive_refresh import run_naively
 
 Answer = Callable[[Layout], StepPlan]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from equal_or_loud import POLICY, assert_equal, defined
+from hosts import foreign_dit, run
 from torch import Tensor
 
 import fastcache
-from equal_or_loud import POLICY, assert_equal, defined
-from hosts import foreign_dit, run
 
 WIDTH, STEPS, DEPTH = 24, 3, 2  # two full steps and one that reuses
 FULL = POLICY.full_steps(STEPS)

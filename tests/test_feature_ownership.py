@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, defined
+from hosts import STEPS, ForeignDiT, foreign_dit, inputs, reference, run, small_dit
+from naive_refresh import run_naively
 from torch import Tensor, nn
 
 import fastcache
-from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, defined
 from fastcache.hosts import recognise
 from fastcache.schedule import REUSE, Schedule, full_step, skip_step, uniform_step
-from hosts import STEPS, ForeignDiT, foreign_dit, inputs, reference, run, small_dit
-from naive_refresh import run_naively
 
 MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
 

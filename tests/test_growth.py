@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from equal_or_loud import POLICY
+from hosts import STEPS, inputs, run, small_dit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
-from equal_or_loud import POLICY
-from hosts import STEPS, inputs, run, small_dit
 
 POLICIES = {
     "FORA": fastcache.FORA(interval=3),

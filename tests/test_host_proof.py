@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, cached, defined, equal_or_loud
+from hosts import STEPS, ForeignBlock, ForeignDiT, foreign_dit, inputs, run, small_dit
 from torch import Tensor, nn
 
 import fastcache
-from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, cached, defined, equal_or_loud
 from fastcache.hosts import recognise
 from fastcache.schedule import Schedule, full_step, skip_step
-from hosts import STEPS, ForeignBlock, ForeignDiT, foreign_dit, inputs, run, small_dit
 
 Change = Callable[[ForeignDiT], None]
 

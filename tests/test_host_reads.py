@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
+from hosts import inputs, small_dit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcache
-from hosts import inputs, small_dit
 
 STEPS, GENERATIONS = 4, 3
 READS = (

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, defined, equal_or_loud
+from hosts import CLASSES, STEPS, inputs, reference, run, small_dit
 from torch import Tensor, nn
 
 import fastcache
-from equal_or_loud import FULL, POLICY, StepCaching, assert_equal, defined, equal_or_loud
 from fastcache.models import DiT
-from hosts import CLASSES, STEPS, inputs, reference, run, small_dit
 
 
 class Stop(Exception):

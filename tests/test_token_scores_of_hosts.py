@@ -5,16 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from equal_or_loud import equal_or_loud
+from hosts import STEPS, ForeignDiT, foreign_dit, inputs, run, small_dit
+from naive_refresh import run_naively
 from torch import Tensor, nn
 
 import fastcache
-from equal_or_loud import equal_or_loud
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.models.dit import Attention
 from fastcache.schedule import REUSE, Schedule, Selection, StepPlan, full_step, refresh
-from hosts import STEPS, ForeignDiT, foreign_dit, inputs, run, small_dit
-from naive_refresh import run_naively
 
 # -- how many tokens ----------------------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from equal_or_loud import POLICY
+from hosts import STEPS, run, small_dit
 from torch import nn
 
 import fastcache
-from equal_or_loud import POLICY
-from hosts import STEPS, run, small_dit
 
 WARNINGS = (ResourceWarning, UserWarning)
 

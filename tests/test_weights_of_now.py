@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from equal_or_loud import POLICY, StepCaching, assert_equal, defined, equal_or_loud
+from hosts import STEPS, inputs, run, small_dit
 from torch import Tensor, nn
 
 import fastcache
-from equal_or_loud import POLICY, StepCaching, assert_equal, defined, equal_or_loud
-from hosts import STEPS, inputs, run, small_dit
 
 Change = Callable[[nn.Module], None]
 
