@@ -2,8 +2,8 @@
 
 from fastcache import ops
 from fastcache.backends import BackendError, status as backends_status, use_backend
+from fastcache.calibration.calibrated import Calibration
 from fastcache.calibration.errors import calibrate
-from fastcache.calibration.scan.calibrated import Calibration
 from fastcache.engine.session import Session, accelerate
 from fastcache.errors import FastCacheError, HostError, ScheduleError, SessionError
 from fastcache.plan.actions import Action

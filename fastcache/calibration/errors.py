@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcache import ops
+from fastcache.calibration.calibrated import Calibration
 from fastcache.calibration.scan import ErrorCurves
-from fastcache.calibration.scan.calibrated import Calibration
 from fastcache.engine.session import Session
 from fastcache.errors import SessionError
 from fastcache.hosts import Host, recognise

@@ -24,7 +24,8 @@ from fastcache.plan.forecast import forecast_weights
 from fastcache.plan.schedule import Schedule
 from fastcache.plan.selection import Score
 from fastcache.plan.step import StepPlan, full_step
-from fastcache.stream.residual_stream import Deferred, ResidualStream, tensor_version
+from fastcache.stream import Deferred, ResidualStream
+from fastcache.stream.residual_stream import tensor_version
 
 Planner = Callable[[int], StepPlan]  # the step's plan for another number of tokens
 

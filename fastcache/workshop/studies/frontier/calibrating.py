@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from fastcache.calibration.calibrated import Calibration
 from fastcache.calibration.errors import calibrate
 from fastcache.calibration.scan import ErrorCurves
-from fastcache.calibration.scan.calibrated import Calibration
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.workshop.studies.comparison import Sampler
