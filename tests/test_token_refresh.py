@@ -229,7 +229,7 @@ def test_random_scores_leave_the_samplers_numbers_alone_and_are_the_same_every_t
     for step, choices in runs[0].items():
         for branch, chosen in choices.items():
             assert torch.equal(chosen, runs[1][step][branch])
-            assert torch.equal(chosen[:2], chosen[2:])  # both halves of the batch
+            assert not torch.equal(chosen[:2], chosen[2:])  # four pictures, and no guidance
 
 
 def test_the_session_tells_which_tokens_were_refreshed() -> None:
@@ -393,6 +393,7 @@ def test_a_partial_step_stays_within_its_budget(policy, per_block: int) -> None:
     schedule, counts = operators_by_step(policy)
     partial = [count for step, count in zip(schedule.steps, counts, strict=True) if step.kind == "partial"]
     assert max(partial) <= DEPTH * per_block + 60, max(partial)
+    assert policy.cache_type not in ("attention", "kv-norm") or max(partial) <= 180, max(partial)
     assert min(partial) <= 60  # a step whose shares come to no token recomputes nothing
 
 
@@ -410,7 +411,7 @@ def test_a_cached_step_without_fresh_tokens_stays_within_its_budget(policy, anno
             with OperatorCount() as counter:
                 model.forward_with_cfg(x, torch.full((4,), float(steps - step)), y, 1.5)
             if plan.kind in ("reuse", "skip", "forecast"):
-                assert counter.count <= 60, (step, plan.kind, counter.count)
+                assert counter.count <= 40, (step, plan.kind, counter.count)
 
 
 def test_a_full_step_that_scores_attention_costs_little_more_than_the_host() -> None:

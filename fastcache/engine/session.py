@@ -159,6 +159,12 @@ class Session:
         """The plan of the current generation."""
         return self._schedule
 
+    @property
+    def current_step(self) -> int:
+        """The step (execution index) of the last model call, or of the next one if it had all of its
+        calls."""
+        return self._calls.step
+
     def _plan_generations(self, num_steps: int | None) -> None:
         layout = self.host.layout()
         if isinstance(self._policy, Schedule):
