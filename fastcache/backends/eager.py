@@ -146,10 +146,13 @@ def residual_update_scatter_(
         reference,
     )
     x, reference, gates, shift, scale, norm_weight, norm_bias = (
-        apart(t, slot) for t in (x, reference, gates, shift, scale, norm_weight, norm_bias)
+        copied_if_overlapping(t, slot) for t in (x, reference, gates, shift, scale, norm_weight, norm_bias)
     )
-    features, scales = [apart(feature, slot) for feature in features], apart(scales, slot_scale)
-    store_rows_(slot, apart(fresh, slot), fresh_slots, slot_scale)
+    features, scales = (
+        [copied_if_overlapping(feature, slot) for feature in features],
+        copied_if_overlapping(scales, slot_scale),
+    )
+    store_rows_(slot, copied_if_overlapping(fresh, slot), fresh_slots, slot_scale)
     position = len(features) if position < 0 else position
     terms = [decompressed(feature, scales, j + (j >= position), x) for j, feature in enumerate(features)]
     refreshed = widened(slot, x) if slot_scale is None else widened(slot, x) * slot_scale[..., None]
@@ -311,7 +314,7 @@ def fresh_contiguous(tensor: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
     return result.clone() if share_memory(result, x) else result
 
 
-def apart(tensor: Tensor | None, written: Tensor | None) -> Tensor | None:
+def copied_if_overlapping(tensor: Tensor | None, written: Tensor | None) -> Tensor | None:
     """A copy of an input that shares memory with what will be written, else the input itself."""
     return (
         tensor.clone()

@@ -17,7 +17,7 @@ from fastcache.backends.constants import constant_row
 from fastcache.backends.index_flags import error_flag
 from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
 from fastcache.backends.triton_config import row_config, sum_config
-from fastcache.backends.triton_launch import aligned, on
+from fastcache.backends.triton_launch import aligned, current_device
 from fastcache.backends.tuning import tuned
 from fastcache.backends.tuning_key import row_bucket, term_bucket
 from fastcache.kernels.residual_update import row_kernel, sum_kernel
@@ -257,7 +257,7 @@ def _launch(
         gate_row = gates.stride(0) if gate_index is not None else 0
         gate_count = gates.shape[0] if gate_index is not None else 0
         buckets = term_bucket(len(features)), row_bucket(B * N)
-        with on(x.device):
+        with current_device(x.device):
             if norm == 0 and reference is None and not slot_float8:
                 config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(
                     B, N, D, len(features), shared["FLOAT8"]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastcache.backends import token_checks as checks
 from fastcache.backends.triton_config import attention_config, head_split
-from fastcache.backends.triton_launch import aligned, on
+from fastcache.backends.triton_launch import aligned, current_device
 from fastcache.kernels.attention_received import lse_kernel, received_kernel
 
 
@@ -36,7 +36,7 @@ def attention_received(q: Tensor, k: Tensor, lse: Tensor | None = None, scale: f
         num_warps=config.warps,
     )
     scale = d**-0.5 if scale is None else scale
-    with on(q.device):
+    with current_device(q.device):
         if lse is None:
             lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
             # its rows are queries, so the two sides of the tile change places
