@@ -19,7 +19,8 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from fastcache.backends import triton as backend  # noqa: E402
 from fastcache.backends.triton_config import SUM_CONFIGS  # noqa: E402
-from fastcache.backends.tuning import Key, only, row_bucket, term_bucket  # noqa: E402
+from fastcache.backends.tuning import only  # noqa: E402
+from fastcache.backends.tuning_key import Key, row_bucket, term_bucket  # noqa: E402
 
 TARGET = make_backend(GPUTarget("cuda", 90, 32))
 CALLS = [
