@@ -1,6 +1,6 @@
 """Calibration on a model: error curves from uncached runs, all branches in one launch a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -88,8 +88,10 @@ def calibrate(
     curves = observer.curves()
     if not layout.tokens and observer.tokens:
         curves = replace(curves, layout=found.layout(observer.tokens))
-    chosen = curves.threshold_for(target_speedup, per_layer) if threshold is None else threshold
-    return Calibration(curves, chosen, per_layer, scheduler)
+    if threshold is None:
+        assert target_speedup is not None  # exactly one of them was given
+        threshold = curves.threshold_for(target_speedup, per_layer)
+    return Calibration(curves, threshold, per_layer, scheduler)
 
 
 class ErrorObserver:
@@ -166,7 +168,7 @@ class ErrorObserver:
             start += min(step, self._lookahead) * branches
         mean = flat.view(len(recorded), start).mean(0).tolist()
 
-        def rows_of(branch: int) -> Sequence[Sequence[float]]:
+        def rows_of(branch: int) -> tuple[tuple[float, ...], ...]:
             # row j, entry i is what step i + j + 1 found about the feature j + 1 steps before it
             return tuple(
                 tuple(
