@@ -1,34 +1,18 @@
 """What a call costs before it moves any bytes: one term on 256 elements, and the same without FastCache."""
 
-import enum
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from benchmarks.machine import threads
 from benchmarks.timing import Effort, Timing, measure
 from fastcache.ops import residual_update
 
 CALLS = 100  # in one sample: shorter than the time slice that another process may take
-
-
-class Mode(str, enum.Enum):
-    """What autograd is asked to do. No input requires a gradient."""
-
-    GRAD = "grad"
-    NO_GRAD = "no_grad"
-    INFERENCE = "inference_mode"
-
-    def context(self) -> AbstractContextManager:
-        """The context manager of the mode."""
-        return {
-            Mode.GRAD: torch.enable_grad,
-            Mode.NO_GRAD: torch.no_grad,
-            Mode.INFERENCE: torch.inference_mode,
-        }[self]()
+# what autograd is asked to do; no input requires a gradient
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
 @dataclass(frozen=True)
@@ -44,11 +28,11 @@ def measure_dispatch(device: torch.device, effort: Effort, calls: int = CALLS) -
     """x + g * f for x [1, 4, 64] float32, in every mode, on one thread."""
     rows = []
     with threads(1) if device.type == "cpu" else nullcontext():
-        for mode in Mode:
-            with mode.context():
-                contenders = tiny_calls(device)
-                found = measure({name: [call] for name, call in contenders.items()}, effort, device, calls)
-            rows += [DispatchRow(name, mode.value, timing) for name, timing in found.items()]
+        for mode, context in MODES.items():
+            with context():
+                contenders = {name: [call] for name, call in tiny_calls(device).items()}
+                found = measure(contenders, effort, device, calls)
+            rows += [DispatchRow(name, mode, timing) for name, timing in found.items()]
     return tuple(rows)
 
 
@@ -57,13 +41,9 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     x, feature = torch.randn(1, 4, 64, device=device), torch.randn(1, 4, 64, device=device)
     gate = torch.randn(1, 64, device=device)
     column, features, registered = gate[:, None], [feature], torch.ops.fastcache.residual_update
-
-    def plain() -> Tensor:
-        return x + column * feature
-
     return {
         "fastcache.ops.residual_update": lambda: residual_update(x, feature, gate),
         "torch.ops.fastcache.residual_update": lambda: registered(x, features, gate),
         "torch.addcmul": lambda: torch.addcmul(x, column, feature),
-        "x + g * f": plain,
+        "x + g * f": lambda: x + column * feature,
     }

@@ -1,4 +1,5 @@
-"""The machine: its caches and memory, what is kept equal for all contenders, and what a report says of it."""
+"""The machine: caches, memory and bandwidth, what is kept equal for all contenders, what a report says of
+it."""
 
 import ctypes
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.timing import Effort, Timing, measure
 from fastcache import backends
 from fastcache.backends.library import cpu_capability
 from fastcache.workshop.environment import Environment, environment
@@ -21,14 +23,15 @@ MEMORY_FILE = Path("/proc/meminfo")
 # of glibc's mallopt: number and value
 MMAP_MAX, TRIM_THRESHOLD = -4, -1
 DEFAULTS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
+BRIEF = Effort(1.5, 9, 60)
+CACHES = 8  # a buffer of the bandwidth is this many last-level caches
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where and when a run was made. load: processes that wanted the CPU, a mean over a minute, at the
-    start.
-    """
+    start."""
 
     environment: Environment
     torch_cpu_capability: str
@@ -104,3 +107,26 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """GB/s (1e9 bytes) of `copy_` (bytes read plus written) and of `sum` (read only), on `threads`
+    threads."""
+
+    threads: int
+    buffer_bytes: int
+    copy_gbps: float
+    read_gbps: float
+    copy: Timing
+    read: Timing
+
+
+def measure_bandwidth(device: torch.device, effort: Effort = BRIEF, caches: int = CACHES) -> Bandwidth:
+    """The ceiling of a run: copy one float32 buffer beyond the caches into another, and sum it."""
+    nbytes = caches * last_level_cache_bytes(device)
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    found = measure({"copy": [lambda: target.copy_(source)], "read": [source.sum]}, effort, device)
+    rates = 2e-3 * nbytes / found["copy"].median_us, 1e-3 * nbytes / found["read"].median_us
+    return Bandwidth(torch.get_num_threads(), nbytes, *rates, found["copy"], found["read"])

@@ -1,43 +1,80 @@
 """What a run found: bench.json holds all of it, bench.md the tables."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.bandwidth import Bandwidth, ceiling
 from benchmarks.cases import Form
+from benchmarks.contest import Absence, Row
 from benchmarks.dispatch import DispatchRow
-from benchmarks.flagship import Flagship
-from benchmarks.forms import Absence, Row
-from benchmarks.machine import Machine
-from benchmarks.method_report import method_sections
-from benchmarks.methods import MethodRow
-from benchmarks.providers import Provider
-from benchmarks.session import SessionRow, Way
+from benchmarks.generations import UNCACHED, MethodRow
+from benchmarks.machine import Bandwidth, Machine
+from benchmarks.roofline import draw_roofline
 from benchmarks.tables import (
     NOISY,
-    bold_below_one,
+    absences,
+    case_notes,
     is_noisy,
-    mark,
+    lost,
+    method_notes,
     microseconds,
-    milliseconds,
-    percent,
+    notes,
+    section,
+    shown,
     table,
-    times,
 )
-from benchmarks.timing import Timing
-from benchmarks.token_operators import OperatorRow
-from benchmarks.token_report import token_sections
-from benchmarks.tokens import BlockRow, ChoiceRow
 
 BUSY = 0.2  # share of noisy timings beyond which a run is not to be quoted
+NEAR = 2.0  # times its largest floor up to which a step is limited by it
+BARS = (("naive", "vs_naive", 2.6), ("naive (aim)", "vs_naive", 3.5), ("torch.compile", "vs_compile", 1.9))
+RATIOS = ("x naive", "x best eager", "x torch.compile")
+CASE = (
+    "size",
+    "dtype",
+    "contender",
+    "MB",
+    "cache",
+    "us",
+    "p10",
+    "p90",
+    "best",
+    "CPU us",
+    "rounds",
+    "GB/s",
+    "of copy",
+)
+SUMMARY = ("form", "size", "dtype", "cache", "MB", "us", "GB/s", "of copy")
+OPERATOR = ("form", "size", "dtype", "contender", "MB", "us", "p10", "p90", "CPU us", "rounds", "GB/s")
+CHOICE = ("size", "contender", "operators", "MB", "us", "CPU us", "of copy", *RATIOS, "error")
+GENERATION = (
+    "model",
+    "method",
+    "way",
+    "plan",
+    "generation ms",
+    "typical ms",
+    "CPU ms",
+    "begin ms",
+    "measured x",
+)
+PROMISE = ("by CPU time", "ideal x", "measured / ideal", "error")
+
+
+@dataclass(frozen=True)
+class Flagship:
+    """The trunk of DiT-XL/2 on one thread, and what one thread copies and reads."""
+
+    rows: tuple[Row, ...]
+    bandwidth: Bandwidth
 
 
 @dataclass(frozen=True)
 class Report:
-    """The whole of bench.json. Parts that were not asked for are None or empty. load_after: as
-    `machine.load`, at the end.
+    """The whole of bench.json. Parts that were not asked for are None or empty.
+
+    load_after: as `machine.load`, at the end. copy_gbps, read_gbps: the best of the run, which shares refer
+    to.
     """
 
     machine: Machine
@@ -46,374 +83,190 @@ class Report:
     seconds: float
     load_after: float
     bandwidths: tuple[Bandwidth, ...]
-    flagship: Flagship | None
-    forms: tuple[Row, ...]
+    copy_gbps: float
+    read_gbps: float
     absent: tuple[Absence, ...]
-    dispatch: tuple[DispatchRow, ...]
-    session: tuple[SessionRow, ...]
-    blocks: tuple[BlockRow, ...] = ()
-    choices: tuple[ChoiceRow, ...] = ()
+    flagship: Flagship | None = None
+    forms: tuple[Row, ...] = ()
+    dispatch: tuple[DispatchRow, ...] = ()
+    session: tuple[MethodRow, ...] = ()
+    operators: tuple[Row, ...] = ()
+    choices: tuple[Row, ...] = ()
+    blocks: tuple[Row, ...] = ()
     methods: tuple[MethodRow, ...] = ()
-    operators: tuple[OperatorRow, ...] = ()
-
-    @property
-    def copy_gbps(self) -> float:
-        """The ceiling of the forms."""
-        return ceiling(list(self.bandwidths), self.machine.environment.threads)
 
 
 def write_report(report: Report, out: Path) -> None:
-    """bench.json and bench.md in `out`."""
+    """bench.json, bench.md and roofline.png in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
-    (out / "bench.md").write_text("\n".join(markdown(report)) + "\n")
+    found = asdict(report)
+    (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "bench.md").write_text("\n".join(markdown(found)) + "\n")
+    where = found["machine"]["environment"]
+    software = f"torch {where['torch']}, FastCache {where['fastcache']} ({where['backend']})"
+    subtitle = (
+        f"{where['processor']}, {where['threads']} threads, {software}, {found['machine']['date'][:10]}"
+    )
+    draw_roofline(found["forms"], report.copy_gbps, report.read_gbps, subtitle, out / "roofline.png")
 
 
-def markdown(report: Report) -> list[str]:
+def markdown(found: dict) -> list[str]:
     """All sections, in the order in which a reader asks."""
-    lines = _head(report)
-    for section in (
-        _flagship,
-        _summary,
-        _losses,
-        _forms,
-        _operators,
-        _dispatch,
-        _session,
-        _tokens,
-        _methods,
-        _absent,
-    ):
-        lines += section(report)
-    return lines
-
-
-def _head(report: Report) -> list[str]:
-    machine, where = report.machine, report.machine.environment
-    timings = _timings(report)
-    noisy = sum(is_noisy(timing) for timing in timings)
-    bandwidths = table(
-        ("threads", "copy GB/s", "read GB/s", "buffer MB"),
-        [
-            (
-                b.threads,
-                f"{b.copy_gbps:.1f}{mark(b.copy)}",
-                f"{b.read_gbps:.1f}{mark(b.read)}",
-                f"{b.buffer_bytes / 1e6:.0f}",
-            )
-            for b in report.bandwidths
-        ],
+    ours = [row for row in found["forms"] if row["contender"] == "fastcache"]
+    lines = [*_head(found), *_flagship(found["flagship"])]
+    bold = "Bold: FastCache is the slower one."
+    lines += section("Operators: FastCache in every case", (*SUMMARY, *RATIOS), ours, bold)
+    measured = [row for part in ("forms", "operators", "choices", "blocks") for row in found[part]]
+    lines += lost(measured)
+    lines += notes(
+        case_notes(measured, found["read_gbps"])
+        + method_notes(found["session"])
+        + method_notes(found["methods"])
     )
-    return [
-        "# FastCache benchmarks",
-        "",
-        *(["**A quick run, on sizes that mean nothing.**", ""] if report.quick else []),
-        *(
-            [
-                (
-                    "**The machine was busy: too many timings of this run are noisy for its ratios to be"
-                    " quoted. Repeat it on a quiet one.**"
-                ),
-                "",
-            ]
-            if noisy > BUSY * len(timings)
-            else []
-        ),
-        (
-            f"{where.processor}, {where.device}, {where.threads} threads, last-level cache"
-            f" {machine.last_level_cache_bytes / 2**20:.0f} MiB; torch {where.torch}"
-            f" ({machine.torch_cpu_capability}), FastCache {where.fastcache}, backend {where.backend}"
-            f" ({machine.fastcache_cpu_capability}), Python {where.python}; {machine.date}."
-        ),
-        f"{report.seconds:.0f} s; load {machine.load:.1f} at the start, {report.load_after:.1f} at the end;"
-        f" {noisy} of {len(timings)} timings are noisy (p90 beyond {NOISY} x p10), marked ~. "
-        + (
-            "Freed memory is kept by the process."
-            if report.heap_kept
-            else "Freed memory may go back to the system, and page faults are part of the times."
-        ),
-        "",
-        (
-            "Times are medians. GB/s counts the least bytes that a form can move; its share is of the best"
-            " copy bandwidth below on as many threads. `x naive` and the like: times faster than that"
-            " contender."
-        ),
-        "",
-        *bandwidths,
-    ]
-
-
-def _flagship(report: Report) -> list[str]:
-    if report.flagship is None:
-        return []
-    found = report.flagship
-    bandwidth = (
-        f"One thread copies {found.bandwidth.copy_gbps:.1f} GB/s and reads {found.bandwidth.read_gbps:.1f}"
-        " GB/s."
-    )
-    return [
-        f"## Flagship: {found.title}",
-        "",
-        *(f"- {verdict.text}" for verdict in found.verdicts),
-        "",
-        bandwidth,
-        "",
-        *row_table(found.rows),
-    ]
-
-
-def _summary(report: Report) -> list[str]:
-    ours = [row for row in report.forms if row.provider == Provider.OURS.value]
-    if not ours:
-        return []
-    headings = (
-        "form",
-        "size",
-        "dtype",
-        "cache",
-        "MB",
-        "median us",
-        "GB/s",
-        "of copy",
-        "x naive",
-        "x best eager",
-        "x compile",
-    )
-    cells = [
-        (
-            row.form,
-            row.size,
-            row.dtype,
-            row.cache,
-            f"{row.bytes / 1e6:.1f}",
-            microseconds(row.timing),
-            f"{row.gbps:.1f}",
-            percent(row.share_of_copy),
-            *(bold_below_one(ratio) for ratio in ratios(row).values()),
-        )
-        for row in ours
-    ]
-    return [
-        "## Operators: FastCache in every case",
-        "",
-        "Bold: FastCache is the slower one.",
-        "",
-        *table(headings, cells),
-    ]
-
-
-def _losses(report: Report) -> list[str]:
-    ours = [row for row in report.forms if row.provider == Provider.OURS.value]
-    lost = sorted(
-        (ratio, other, row.case)
-        for row in ours
-        for other, ratio in ratios(row).items()
-        if ratio is not None and ratio < 1
-    )
-    if not ours:
-        return []
-    lines = [f"- {case}: {other} is {1 / ratio:.2f}x faster" for ratio, other, case in lost]
-    return [
-        (
-            f"## Lost: {len(lost)} of"
-            f" {sum(ratio is not None for row in ours for ratio in ratios(row).values())} comparisons"
-        ),
-        "",
-        *(lines or ["none"]),
-        "",
-    ]
-
-
-def _forms(report: Report) -> list[str]:
-    lines = []
     for form in Form:
-        rows = [row for row in report.forms if row.form == form.value]
-        if rows:
-            lines += [f"## {form.value}: {form.meaning}", "", *row_table(rows)]
-    return lines
+        rows = [row for row in found["forms"] if row["form"] == form.value]
+        lines += section(f"{form.value}: {form.meaning}", (*CASE, *RATIOS, "error"), rows)
+    heading = "Operators on tokens: scores and errors of calibration"
+    lines += section(heading, (*OPERATOR, *RATIOS), found["operators"])
+    lines += _dispatch(found["dispatch"])
+    for part, heading in (("session", "Session: FORA"), ("methods", "Methods")):
+        lines += _generations(heading, found[part]) + _steps(heading, found[part])
+    for form in (Form.STREAM, Form.BLOCK):
+        lines += _blocks(form, [row for row in found["blocks"] if row["form"] == form.value])
+    lines += section("Choice of tokens for 28 layers of a step, float32 scores", CHOICE, found["choices"])
+    return lines + absences((one["provider"], one["reason"], one["case"]) for one in found["absent"])
 
 
-def _dispatch(report: Report) -> list[str]:
-    if not report.dispatch:
-        return []
-    modes = list(dict.fromkeys(row.mode for row in report.dispatch))
-    found = {(row.call, row.mode): row.timing for row in report.dispatch}
-    calls = list(dict.fromkeys(row.call for row in report.dispatch))
-    cells = [
-        (f"`{call}`", *(f"{found[call, mode].median_us:.2f}{mark(found[call, mode])}" for mode in modes))
-        for call in calls
+def _head(found: dict) -> list[str]:
+    machine, where = found["machine"], found["machine"]["environment"]
+    timings = [*_timings(found)]
+    noisy = sum(map(is_noisy, timings))
+    quick = "**A quick run, on sizes that mean nothing.**" if found["quick"] else ""
+    busy = "**The machine was busy: too many timings are noisy for ratios to be quoted. Repeat the run.**"
+    kept = "Freed memory is kept by the process."
+    returned = "Freed memory may go back to the system, and page faults are part of the times."
+    cache = f"last-level cache {machine['last_level_cache_bytes'] / 2**20:.0f} MiB"
+    torch_ = f"torch {where['torch']} ({machine['torch_cpu_capability']}), Python {where['python']}"
+    own = (
+        f"FastCache {where['fastcache']}, backend {where['backend']} ({machine['fastcache_cpu_capability']})"
+    )
+    load = f"load {machine['load']:.1f} at the start, {found['load_after']:.1f} at the end"
+    noise = f"{noisy} of {len(timings)} timings are noisy (p90 beyond {NOISY} x p10), marked ~"
+    text = [
+        quick,
+        busy if noisy > BUSY * len(timings) else "",
+        f"{where['processor']}, {where['device']}, {where['threads']} threads, {cache}; {torch_}, {own}; "
+        f"{machine['date']}.",
+        f"{found['seconds']:.0f} s; {load}; {noise}. {kept if found['heap_kept'] else returned}",
+        "Times are medians. GB/s counts the least bytes that a form can move; its share is of the best copy "
+        "bandwidth below. `x naive` and the like: times faster than that contender. CPU time is the thread's "
+        "(the process's, with several threads), which a neighbour on the machine does not move.",
     ]
-    return [
-        "## Dispatch: microseconds of one gated update of 256 float32 numbers",
-        "",
-        *table(("call", *modes), cells),
-    ]
+    columns = {
+        "threads": lambda burst: burst["threads"],
+        "copy GB/s": lambda burst: f"{burst['copy_gbps']:.1f}{'~' * is_noisy(burst['copy'])}",
+        "read GB/s": lambda burst: f"{burst['read_gbps']:.1f}{'~' * is_noisy(burst['read'])}",
+        "buffer MB": lambda burst: f"{burst['buffer_bytes'] / 1e6:.0f}",
+    }
+    paragraphs = [line for one in text if one for line in (one, "")]
+    return ["# FastCache benchmarks", "", *paragraphs, *table(columns, found["bandwidths"])]
 
 
-def _session(report: Report) -> list[str]:
-    if not report.session:
+def _flagship(found: dict | None) -> list[str]:
+    """The bars to hold: how many times faster FastCache is to be, and is."""
+    if found is None:
         return []
-    uncached = {row.model: row for row in report.session if row.way == Way.UNCACHED.value}
-    original = {row.model: row for row in report.session if row.way == Way.ORIGINAL.value}
-    headings = (
-        "model",
-        "plan",
-        "way",
-        "full step ms",
-        "ops",
-        "reuse step ms",
-        "ops",
-        "begin ms",
-        "generation ms",
-        "x uncached",
-        "reuse x original",
-        "error",
-    )
-    cells = []
-    for row in report.session:
-        reuse = None if row.reuse is None else original[row.model].reuse.median_us / row.reuse.median_us
-        cells.append((
-            row.model, row.plan, row.way, milliseconds(row.full), row.ops_full, milliseconds(row.reuse), "-" if row.ops_reuse is None else row.ops_reuse, milliseconds(row.begin), milliseconds(row.generation),
-            times(uncached[row.model].generation.median_us / row.generation.median_us), times(reuse), "-" if row.error is None else f"{row.error:.0e}",
-        ))  # fmt: skip
-    return ["## Session: steps of random float32 DiTs", "", *table(headings, cells)]
+    row = next(row for row in found["rows"] if row["contender"] == "fastcache")
+    verdicts = []
+    for name, key, bar in BARS:
+        verdict = (
+            "not measured"
+            if row[key] is None
+            else f"{'held' if row[key] >= bar else '**missed**'}, {row[key]:.2f}x"
+        )
+        verdicts.append(f"- bar of {bar}x against {name}: {verdict}")
+    copied = f"One thread copies {found['bandwidth']['copy_gbps']:.1f} GB/s"
+    text = ("\n".join(verdicts), f"{copied} and reads {found['bandwidth']['read_gbps']:.1f} GB/s.")
+    heading = f"Flagship: {row['case']}, one thread"
+    return section(heading, (*CASE, *RATIOS, "error"), found["rows"], *text)
 
 
-def _tokens(report: Report) -> list[str]:
-    return token_sections(report.blocks, report.choices)
+def _dispatch(rows: Sequence[dict]) -> list[str]:
+    found = {(row["call"], row["mode"]): row["timing"] for row in rows}
+    calls = [{"call": f"`{call}`", "of": call} for call in dict.fromkeys(row["call"] for row in rows)]
+    columns = {"call": lambda row: row["call"]}
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        columns[mode] = lambda row, mode=mode: microseconds(found[row["of"], mode], ".2f")
+        columns[f"{mode}, CPU"] = lambda row, mode=mode: shown(found[row["of"], mode]["cpu_us"])
+    return section("Dispatch: microseconds of one gated update of 256 float32 numbers", columns, calls)
 
 
-def _methods(report: Report) -> list[str]:
-    return method_sections(report.methods)
-
-
-def _absent(report: Report) -> list[str]:
-    absent = (*report.absent, *(report.flagship.absent if report.flagship else ()))
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    for one in absent:
-        by_reason.setdefault((one.provider or "all contenders", one.reason), []).append(one.case)
-    return (
-        [
-            "## Not measured",
-            "",
-            *(
-                f"- {provider}: {reason}: {', '.join(found)}"
-                for (provider, reason), found in by_reason.items()
-            ),
-            "",
-        ]
-        if absent
-        else []
-    )
-
-
-def row_table(rows: Iterable[Row]) -> list[str]:
-    """Every contender of some cases."""
-    headings = (
-        "size",
-        "dtype",
-        "contender",
-        "MB",
-        "cache",
-        "median us",
-        "p10",
-        "p90",
-        "best",
-        "rounds",
-        "GB/s",
-        "of copy",
-        "x naive",
-        "x best eager",
-        "x compile",
-        "error",
-    )
-    cells = [
-        (
-            row.size,
-            row.dtype,
-            row.provider,
-            f"{row.bytes / 1e6:.1f}",
-            row.cache,
-            microseconds(row.timing),
-            f"{row.timing.p10_us:.0f}",
-            f"{row.timing.p90_us:.0f}",
-            f"{row.timing.best_us:.0f}",
-            row.timing.rounds,
-            f"{row.gbps:.1f}",
-            percent(row.share_of_copy),
-            *(times(ratio) for ratio in ratios(row).values()),
-            f"{row.error:.0e}",
-        )  # fmt: skip
+def _blocks(form: Form, rows: Sequence[dict]) -> list[str]:
+    alone = {row["case"]: row["timing"]["median_us"] for row in rows if row["contender"] == "MLP alone"}
+    rows = [
+        row
+        | {"beside the MLP us": f"{row['timing']['median_us'] - alone[row['case']]:.0f}" if alone else None}
         for row in rows
     ]
-    return table(headings, cells)
-
-
-def ratios(row: Row) -> dict[str, float | None]:
-    """How many times faster than the others, in the order of the columns."""
-    return {
-        Provider.NAIVE.value: row.vs_naive,
-        Provider.BEST_EAGER.value: row.vs_best_eager,
-        Provider.COMPILED.value: row.vs_compile,
-    }
-
-
-def _operators(report: Report) -> list[str]:
-    if not report.operators:
-        return []
-    headings = (
-        "operator",
+    beside = ("GFLOP/s", "beside the MLP us") if alone else ()
+    columns = (
         "size",
+        "K",
         "dtype",
         "contender",
         "MB",
-        "median us",
-        "p10",
-        "p90",
-        "rounds",
+        "cache",
+        "us",
+        "CPU us",
         "GB/s",
-        "x naive",
-        "x best eager",
-        "x compile",
+        "of copy",
+        *beside,
+        *RATIOS,
     )
-    cells = [
-        (
-            row.operator,
-            row.size,
-            row.dtype,
-            row.provider,
-            f"{row.bytes / 1e6:.1f}",
-            microseconds(row.timing),
-            f"{row.timing.p10_us:.0f}",
-            f"{row.timing.p90_us:.0f}",
-            row.timing.rounds,
-            f"{row.gbps:.1f}",
-            *(
-                (bold_below_one if row.provider == Provider.OURS.value else times)(ratio)
-                for ratio in (row.vs_naive, row.vs_best_eager, row.vs_compile)
-            ),
-        )  # fmt: skip
-        for row in report.operators
-    ]
-    return ["## Operators on tokens: choices, scores and errors of calibration", "", *table(headings, cells)]
+    return section(f"Partial block, {form.value}: {form.meaning}", (*columns, "error"), rows)
 
 
-def _timings(report: Report) -> list[Timing]:
-    rows = (
-        *report.forms,
-        *report.dispatch,
-        *(report.flagship.rows if report.flagship else ()),
-        *report.blocks,
-        *report.choices,
-        *report.operators,
+def _generations(heading: str, rows: Sequence[dict]) -> list[str]:
+    text = (
+        "Typical: every step at its own median over the rounds; measured: uncached over this, both typical. "
+        "Ideal: uncached FLOPs over planned ones. `original` executes the method as its authors do, `begun` "
+        "announces timesteps and labels."
     )
-    steps = [
-        timing
-        for row in report.session
-        for timing in (row.full, row.reuse, row.begin, row.generation)
-        if timing is not None
+    return section(f"{heading}, generations of random float32 DiTs", (*GENERATION, *PROMISE), rows, text)
+
+
+def _steps(heading: str, rows: Sequence[dict]) -> list[str]:
+    full = {row["model"]: row["kinds"][0]["timing"]["median_us"] for row in rows if row["method"] == UNCACHED}
+    cells = []
+    for row in rows:
+        for kind in row["kinds"]:
+            floors, spent = kind["floors"], kind["timing"]["median_us"]
+            limit = max(floors, key=floors.__getitem__)
+            cell = {name: row[name] for name in ("model", "method", "way")} | kind
+            cell |= {"of uncached": f"{spent / full[row['model']]:.2f}", "step": kind["kind"]}
+            cell |= {name: f"{floor:.2f}" for name, floor in floors.items()}
+            near = spent / 1e3 <= NEAR * floors[limit]
+            cells.append(cell | {"limited by": limit if near else "operators and host"})
+    ridges = {row["model"]: row["ridge_rows"] for row in rows}
+    waits = [
+        f"- {model}: a body of fewer than {count:.0f} rows (B K) waits for its weights"
+        for model, count in ridges.items()
     ]
-    steps += [
-        timing for row in report.methods for timing in (row.generation, *(kind.timing for kind in row.kinds))
-    ]
-    return [row.timing for row in rows] + steps
+    text = (
+        "Floors in ms, each alone: arithmetic at the rate of this run's uncached steps, weights at its read "
+        "bandwidth, features and stream at its copy bandwidth. "
+        f"A step beyond {NEAR:.0f} times its largest floor is limited by its operators and the host."
+    )
+    columns = ("model", "method", "way", "step", "steps", "ms", "CPU us", "operators", "of uncached")
+    floors = ("arithmetic", "weights", "stream", "limited by")
+    return section(
+        f"{heading}, steps, and what limits them", (*columns, *floors), cells, text, "\n".join(waits)
+    )
+
+
+def _timings(found: dict) -> Iterator[dict]:
+    parts = ("forms", "operators", "choices", "blocks", "dispatch")
+    flagship = found["flagship"]["rows"] if found["flagship"] else []
+    yield from (row["timing"] for row in (*flagship, *(row for part in parts for row in found[part])))
+    for row in (*found["session"], *found["methods"]):
+        yield from (row["generation"], *(kind["timing"] for kind in row["kinds"]))

@@ -1,238 +1,167 @@
 """Measure everything and write bench.json, bench.md and roofline.png.
 
-python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|operators|tokens|methods] [--quick]
+python -m benchmarks.run --out out/bench [--only forms|flagship|dispatch|session|operators|tokens|methods]
+[--quick]
 """
 
 import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.bandwidth import BRIEF, CACHES, ceiling, measure_bandwidth
-from benchmarks.cases import FLAGSHIP, SIZES, TINY, Case, Form, Size, cases
-from benchmarks.dispatch import CALLS, measure_dispatch
-from benchmarks.flagship import measure_flagship
-from benchmarks.forms import MAX_COPIES, Absence, Row, measure_case
-from benchmarks.machine import kept_heap, load, machine, threads
-from benchmarks.methods import MODEL_SIZES, TINY_MODEL, ModelSize, measure_methods, with_floors
-from benchmarks.providers import Provider
-from benchmarks.report import Report, write_report
-from benchmarks.roofline import draw_roofline
-from benchmarks.session import SESSION_SIZES, TINY_SESSION, SessionSize, measure_session
-from benchmarks.timing import Effort
-from benchmarks.token_cases import (
-    SIZES as TOKEN_SIZES,
-    TINY as TINY_TOKENS,
-    TokenSize,
+from benchmarks.cases import (
+    FLAGSHIP,
+    SIZES,
+    TINY,
+    TINY_TOKENS,
+    TOKEN_SIZES,
+    Case,
+    ChoiceCase,
+    Form,
+    Size,
     block_cases,
-    choice_cases,
+    cases,
 )
-from benchmarks.token_operators import OperatorCase, measure_operators, operator_cases
-from benchmarks.tokens import measure_tokens
+from benchmarks.contest import MAX_COPIES, Absence, AnyCase, measure_case, measure_cases
+from benchmarks.dispatch import CALLS, measure_dispatch
+from benchmarks.generations import (
+    CPU,
+    FORA_3,
+    METHODS,
+    MODEL_SIZES,
+    SESSION_SIZES,
+    TINY_MODEL,
+    ModelSize,
+    measure_generations,
+)
+from benchmarks.machine import BRIEF, CACHES, kept_heap, load, machine, measure_bandwidth, threads
+from benchmarks.report import Flagship, Report, write_report
+from benchmarks.timing import Effort
+from benchmarks.tokens import OperatorCase, operator_cases
 
 PARTS = ("flagship", "dispatch", "session", "operators", "forms", "tokens", "methods")
+say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
 class Programme:
-    """What a run measures, and how long. seconds: wall time of the run after which no further case is
-    begun.
-    """
+    """What a run measures, and how long. seconds: wall time of the run after which no further form is
+    begun."""
 
     sizes: tuple[Size, ...] = SIZES
-    flagship: Case = FLAGSHIP
-    session_sizes: tuple[SessionSize, ...] = SESSION_SIZES
-    providers: tuple[Provider, ...] = tuple(Provider)
-    forms: Effort = Effort(1.0, 5, 100)
-    flagship_effort: Effort = Effort(12.0, 21, 300)
-    dispatch: Effort = Effort(2.0, 9, 100)
-    session: Effort = Effort(12.0, 3, 60)
-    bandwidth: Effort = BRIEF
+    token_sizes: tuple[Size, ...] = TOKEN_SIZES
+    flagship_case: Case = FLAGSHIP
+    operator_cases: tuple[OperatorCase, ...] = tuple(operator_cases())
+    session_sizes: tuple[ModelSize, ...] = SESSION_SIZES
+    model_sizes: tuple[ModelSize, ...] = MODEL_SIZES
+    inductor: str | None = "inductor"
     seconds: float = 540.0
     caches: int = CACHES
     max_copies: int = MAX_COPIES
     dispatch_calls: int = CALLS
-    token_sizes: tuple[TokenSize, ...] = TOKEN_SIZES
+    bandwidth: Effort = BRIEF
+    flagship: Effort = Effort(12.0, 21, 300)
+    dispatch: Effort = Effort(2.0, 9, 100)
+    session: Effort = Effort(12.0, 3, 60)
+    forms: Effort = Effort(1.0, 5, 100)
     tokens: Effort = Effort(0.5, 5, 60)
-    operator_cases: tuple[OperatorCase, ...] = tuple(operator_cases())
-    operators: Effort = Effort(0.5, 5, 60)
-    model_sizes: tuple[ModelSize, ...] = MODEL_SIZES
     methods: Effort = Effort(25.0, 3, 30)
 
 
 FULL = Programme()
-_ONCE = Effort(0.0, 3, 3)
+_ONCE = Effort(0.0, 2, 2)
 QUICK = Programme(
     (TINY,),
+    (TINY_TOKENS,),
     Case(Form.TRUNK, TINY, torch.bfloat16),
-    (TINY_SESSION,),
-    tuple(p for p in Provider if p is not Provider.COMPILED),
-    *[_ONCE] * 5,
-    seconds=60.0,
-    caches=1,
-    max_copies=2,
-    dispatch_calls=20,
-    token_sizes=(TINY_TOKENS,),
-    tokens=_ONCE,
-    operator_cases=tuple(operator_cases((24,), (24,), 64, 4, 2)),
-    operators=_ONCE,
-    model_sizes=(TINY_MODEL,),
-    methods=Effort(0.0, 2, 2),
+    tuple(operator_cases((24,), 64, 4, 2)),
+    (TINY_MODEL,),
+    (TINY_MODEL,),
+    None,
+    60.0,
+    1,
+    2,
+    20,
+    *[_ONCE] * 7,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description="Measure FastCache against eager PyTorch and torch.compile.",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/bench"), help="folder for bench.json, bench.md and roofline.png"
-    )
-    parser.add_argument(
-        "--only", choices=PARTS, action="append", help="measure this part only (may be given again)"
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="tiny sizes, without torch.compile: shows that everything runs, and measures nothing",
-    )
+    text = "Measure FastCache against eager PyTorch and torch.compile."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=text)
+    written = "folder for bench.json, bench.md and roofline.png"
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help=written)
+    only = "measure this part only (may be given again)"
+    parser.add_argument("--only", choices=PARTS, action="append", help=only)
+    quick = "tiny sizes, without torch.compile: shows that everything runs, and measures nothing"
+    parser.add_argument("--quick", action="store_true", help=quick)
     options = parser.parse_args(arguments)
-    report = run(QUICK if options.quick else FULL, tuple(options.only or PARTS), quick=options.quick)
-    write_report(report, options.out)
-    copies = [burst for burst in report.bandwidths if burst.copy_gbps == report.copy_gbps]
-    where = report.machine.environment
-    subtitle = (
-        f"{where.processor}, {where.threads} threads, torch {where.torch}, FastCache {where.fastcache}"
-        f" ({where.backend}), {report.machine.date[:10]}"
-    )
-    draw_roofline(report.forms, report.copy_gbps, copies[0].read_gbps, subtitle, options.out / "roofline.png")
+    programme = QUICK if options.quick else FULL
+    write_report(run(programme, tuple(options.only or PARTS), quick=options.quick), options.out)
     say(f"wrote bench.json, bench.md and roofline.png to {options.out}")
 
 
 @torch.no_grad()
-def run(
-    programme: Programme,
-    parts: Sequence[str] = PARTS,
-    *,
-    quick: bool = False,
-    device: torch.device = torch.device("cpu"),
-) -> Report:
+def run(programme: Programme, parts: Sequence[str] = PARTS, *, quick: bool = False) -> Report:
     """Measure the parts; the copy bandwidth before and after the forms."""
-    begun, at_start = time.perf_counter(), machine(device)
-    flagship, dispatch, session, rows, absent, blocks, choices, methods, operators = (
-        None,
-        (),
-        (),
-        (),
-        (),
-        (),
-        (),
-        (),
-        (),
-    )
+    begun, at_start, found, absent = time.perf_counter(), machine(CPU), {}, []
+    bandwidth = partial(measure_bandwidth, CPU, programme.bandwidth, programme.caches)
+
+    def measured(cases: Sequence[AnyCase], effort: Effort, deadline: float = float("inf")) -> tuple:
+        one = partial(_before, deadline, effort, programme)
+        rows, missing = measure_cases(cases, one, say)
+        absent.extend(missing)
+        return rows
+
     with kept_heap() as heap_kept:
         say("copy bandwidth")
-        bursts = [measure_bandwidth(device, programme.bandwidth, programme.caches)]
+        bursts = [bandwidth()]
         if "flagship" in parts:
             say("flagship: 56 terms, one thread")
             with threads(1):
-                bandwidth = measure_bandwidth(device, programme.bandwidth, programme.caches)
-                flagship = measure_flagship(
-                    programme.flagship, device, programme.flagship_effort, programme.providers, bandwidth
-                )
+                single = bandwidth()
+                rows = measured([programme.flagship_case], programme.flagship)
+            found["flagship"] = Flagship(tuple(row.against(single.copy_gbps) for row in rows), single)
         if "dispatch" in parts:
             say("dispatch")
-            dispatch = measure_dispatch(device, programme.dispatch, programme.dispatch_calls)
+            found["dispatch"] = measure_dispatch(CPU, programme.dispatch, programme.dispatch_calls)
         if "session" in parts:
-            session = measure_session(
-                programme.session, programme.session_sizes, lambda name: say(f"session: {name}")
-            )
+            models = programme.session, programme.session_sizes, (FORA_3,)
+            found["session"] = measure_generations(*models, bursts[0], say)
         if "operators" in parts:
-            operators, missing = measure_operators(
-                programme.operator_cases, device, programme.operators, programme.providers, say
-            )
-            absent = (*absent, *missing)
+            found["operators"] = measured(programme.operator_cases, programme.tokens)
         if "forms" in parts:
-            rows, missing = measure_forms(programme, device, begun + programme.seconds)
-            absent = (*absent, *missing)
-            bursts.append(measure_bandwidth(device, programme.bandwidth, programme.caches))
+            found["forms"] = measured(cases(programme.sizes), programme.forms, begun + programme.seconds)
+            bursts.append(bandwidth())
         if "tokens" in parts:
-            blocks, choices, missing = measure_tokens(
-                block_cases(programme.token_sizes),
-                choice_cases(programme.token_sizes),
-                device,
-                programme.tokens,
-                programme.providers,
-                programme.max_copies,
-                say,
+            found["choices"] = measured(
+                [ChoiceCase(size) for size in programme.token_sizes], programme.tokens
             )
-            absent = (*absent, *missing)
+            found["blocks"] = measured(block_cases(programme.token_sizes), programme.tokens)
         if "methods" in parts:
-            methods = measure_methods(programme.methods, programme.model_sizes, say=say)
-    copy_gbps = ceiling(bursts, torch.get_num_threads())
-    rows, blocks, choices = (
-        tuple(row.against(copy_gbps) for row in found) for found in (rows, blocks, choices)
-    )
-    methods = with_floors(methods, copy_gbps, max(burst.read_gbps for burst in bursts), programme.model_sizes)
-    return Report(
-        at_start,
-        quick,
-        heap_kept,
-        time.perf_counter() - begun,
-        load(),
-        tuple(bursts),
-        flagship,
-        rows,
-        absent,
-        dispatch,
-        session,
-        blocks,
-        choices,
-        methods,
-        operators,
-    )
-
-
-def measure_forms(
-    programme: Programme, device: torch.device, deadline: float
-) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:
-    """Every case that begins before `deadline`, a reading of time.perf_counter."""
-    rows, absent = [], []
-    found = cases(programme.sizes)
-    for number, case in enumerate(found, start=1):
-        if time.perf_counter() > deadline:
-            absent.append(
-                Absence(
-                    case.name,
-                    None,
-                    f"the wall-time budget of the run, {programme.seconds:.0f} s, was used up",
-                )
+            found["methods"] = measure_generations(
+                programme.methods, programme.model_sizes, METHODS, bursts[0], say
             )
-            continue
-        measured = measure_case(case, device, programme.forms, programme.providers, programme.max_copies)
-        rows += measured.rows
-        absent += measured.absent
-        say(f"{number}/{len(found)} {case.name}: {outcome(measured.rows)}")
-    return tuple(rows), tuple(absent)
+    copy, read = max(burst.copy_gbps for burst in bursts), max(burst.read_gbps for burst in bursts)
+    for part in ("operators", "forms", "choices", "blocks"):
+        found[part] = tuple(row.against(copy) for row in found.get(part, ()))
+    seconds = time.perf_counter() - begun
+    return Report(
+        at_start, quick, heap_kept, seconds, load(), tuple(bursts), copy, read, tuple(absent), **found
+    )
 
 
-def outcome(rows: Sequence[Row]) -> str:
-    """One line about a case."""
-    ours = next((row for row in rows if row.provider == Provider.OURS.value), None)
-    if ours is None:
-        return "not measured"
-    compiled = "" if ours.vs_compile is None else f", {ours.vs_compile:.2f}x compile"
-    return f"{ours.timing.median_us:.0f} us, {ours.gbps:.1f} GB/s, {ours.vs_naive:.2f}x naive{compiled}"
-
-
-def say(text: str) -> None:
-    """Progress, for whoever waits."""
-    print(text, flush=True)
+def _before(deadline: float, effort: Effort, programme: Programme, case: AnyCase) -> tuple[list, list]:
+    """A case, if it begins before the deadline, a reading of time.perf_counter."""
+    if time.perf_counter() > deadline:
+        reason = f"the wall-time budget of the run, {programme.seconds:.0f} s, was used up"
+        return [], [Absence(case.name, None, reason)]
+    return measure_case(case, CPU, effort, programme.inductor, programme.max_copies)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,64 @@
-"""Medians of contenders that take turns, so that whatever slows the machine slows all of them alike."""
+"""Medians of contenders that take turns, so that whatever slows the machine slows all of them alike.
+
+Every time is taken twice: wall time, and the CPU time of the thread (of the process, where PyTorch has
+several), which a neighbour on the machine does not move. GPU work is timed in CUDA graphs of calls on
+rotating buffers, without the host; on a CPU a replay runs the calls, which serves rehearsals and no
+measurement.
+"""
 
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+
+Call = Callable[[], object]
+GRAPH_US = 500.0  # of work in a graph, so that its launch and the events around it do not count
+LAUNCH_US = 2.0  # the least that a call takes
+MOST_CALLS = 64
+HOST_CALLS, HOST_ROUNDS = 20, 7  # fewer launches than the queue to the GPU holds
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call, over `rounds` samples."""
+    """Microseconds of one call, over `rounds` samples. cpu_us: median CPU time."""
 
     median_us: float
     p10_us: float
     p90_us: float
     best_us: float
     rounds: int
+    cpu_us: float | None = None
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Timing":
-        """From samples in seconds."""
-        ordered = sorted(1e6 * sample for sample in seconds)
+    def of(cls, samples: Sequence["Sample"], calls: int = 1) -> "Timing":
+        """From samples of `calls` calls each."""
+        ordered = sorted(1e6 * sample.wall / calls for sample in samples)
         tenth = (len(ordered) - 1) / 10
-        return cls(
-            statistics.median(ordered),
-            ordered[round(tenth)],
-            ordered[round(9 * tenth)],
-            ordered[0],
-            len(ordered),
-        )
+        low, high = ordered[round(tenth)], ordered[round(9 * tenth)]
+        cpu = 1e6 * statistics.median(sample.cpu for sample in samples) / calls
+        return cls(statistics.median(ordered), low, high, ordered[0], len(ordered), cpu)
+
+    def each(self, calls: int) -> "Timing":
+        """Of one of `calls` calls that were one."""
+        scaled = {
+            one.name: getattr(self, one.name) / calls for one in fields(self) if one.name.endswith("us")
+        }
+        return Timing(**scaled, rounds=self.rounds)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of wall and of CPU time."""
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: "Sample") -> "Sample":
+        return Sample(self.wall + other.wall, self.cpu + other.cpu)
 
 
 @dataclass(frozen=True)
@@ -42,61 +69,71 @@ class Effort:
     min_rounds: int = 7
     max_rounds: int = 200
 
+    def rounds(self) -> Iterator[int]:
+        """Numbers of the rounds."""
+        begun, number = time.perf_counter(), 0
+        while number < self.min_rounds or (
+            number < self.max_rounds and time.perf_counter() - begun < self.seconds
+        ):
+            yield number
+            number += 1
 
-Buffers = Sequence[Callable[[], object]]  # the same call on different buffers
+
+class Stopwatch:
+    """Marks in time on a device, launch gaps of a GPU included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._cpu = time.thread_time if torch.get_num_threads() == 1 else time.process_time
+
+    def mark(self) -> tuple:
+        """Now, of wall or GPU time and of CPU time."""
+        if not self._cuda:
+            return time.perf_counter(), self._cpu()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event, self._cpu()
+
+    def between(self, one: tuple, other: tuple) -> Sample:
+        """From one mark to another; waits for the second."""
+        if not self._cuda:
+            return Sample(other[0] - one[0], other[1] - one[1])
+        other[0].synchronize()
+        return Sample(one[0].elapsed_time(other[0]) / 1e3, other[1] - one[1])
+
+    def sample(self, call: Call, calls: int = 1) -> Sample:
+        """Of some calls; freeing the last result is not counted."""
+        synchronised(self._cuda)
+        begun = self.mark()
+        for _ in range(calls):
+            result = call()
+        ended = self.mark()
+        del result
+        return self.between(begun, ended)
 
 
 def measure(
-    contenders: Mapping[str, Buffers], effort: Effort, device: torch.device, calls: int = 1
+    contenders: Mapping[str, Sequence[Call]], effort: Effort, device: torch.device, calls: int = 1
 ) -> dict[str, Timing]:
     """Time every contender once a round, after one round to warm up; a sample is `calls` calls.
 
-    Each call of any contender uses the next buffer, so that none finds its operands in a cache
-    where another left them.
+    Each sample of any contender uses the next buffer, so that none finds its operands in a cache where
+    another left them.
     """
-    clock = _elapsed_cuda if device.type == "cuda" else _elapsed
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    turn, begun = 0, None
+    watch, turn = Stopwatch(device), 0
+    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+
+    def round_(kept: dict[str, list[Sample]]) -> None:
+        nonlocal turn
+        for name, buffers in contenders.items():
+            kept[name].append(watch.sample(buffers[turn % len(buffers)], calls))
+            turn += 1
+
     with _no_collection():
-        while begun is None or _goes_on(
-            len(next(iter(samples.values()))), time.perf_counter() - begun, effort
-        ):
-            for name, buffers in contenders.items():
-                sample = clock(buffers[turn % len(buffers)], calls)
-                turn += 1
-                if begun is not None:
-                    samples[name].append(sample / calls)
-            begun = time.perf_counter() if begun is None else begun
-    return {name: Timing.of(found) for name, found in samples.items()}
-
-
-def _goes_on(rounds: int, seconds: float, effort: Effort) -> bool:
-    return rounds < effort.min_rounds or (seconds < effort.seconds and rounds < effort.max_rounds)
-
-
-def _elapsed(call: Callable[[], object], calls: int) -> float:
-    """Seconds of `calls` calls on a device that the host waits for; freeing the last result is not
-    counted.
-    """
-    begun = time.perf_counter()
-    for _ in range(calls):
-        result = call()
-    seconds = time.perf_counter() - begun
-    del result
-    return seconds
-
-
-def _elapsed_cuda(call: Callable[[], object], calls: int) -> float:
-    """Seconds between two events on the current stream, launch gaps included."""
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    before.record()
-    for _ in range(calls):
-        result = call()
-    after.record()
-    after.synchronize()
-    del result
-    return before.elapsed_time(after) / 1e3
+        round_({name: [] for name in contenders})
+        for _ in effort.rounds():
+            round_(samples)
+    return {name: Timing.of(found, calls) for name, found in samples.items()}
 
 
 @contextmanager
@@ -109,3 +146,90 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@dataclass
+class Replay:
+    """Calls that are made together. results: kept, so that every call writes memory of its own."""
+
+    run: Call
+    calls: int
+    results: list[object]
+
+
+def captured(calls: Sequence[Call], device: torch.device, ideal_us: float) -> Replay:
+    """A graph that makes every call equally often, in turn, until it has about GRAPH_US of work.
+
+    Equally often: else a replay would begin with buffers that the one before has just read. ideal_us: what a
+    call would take at the speed of memory. The calls must have run before.
+    """
+    wanted = max(2, min(MOST_CALLS, round(GRAPH_US / max(ideal_us, LAUNCH_US))))
+    count = len(calls) * -(-wanted // len(calls))
+    turns = [calls[turn % len(calls)] for turn in range(count)]
+    results: list[object] = []
+    if device.type != "cuda":
+        return Replay(lambda: [call() for call in turns], count, results)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results += [call() for call in turns]
+    return Replay(graph.replay, count, results)
+
+
+def measure_replays(replays: Mapping[str, Replay], effort: Effort, device: torch.device) -> dict[str, Timing]:
+    """Microseconds of one call of each contender; they take turns, replay by replay."""
+    found = measure({name: [replay.run] for name, replay in replays.items()}, effort, device)
+    return {name: timing.each(replays[name].calls) for name, timing in found.items()}
+
+
+def host_us(calls: Sequence[Call], device: torch.device) -> float:
+    """Microseconds that the host spends on a call: median over a few rounds, each on an idle GPU."""
+    rounds = []
+    for _ in range(HOST_ROUNDS):
+        synchronised(device.type == "cuda")
+        begun = time.perf_counter()
+        for turn in range(HOST_CALLS):
+            calls[turn % len(calls)]()
+        rounds.append(1e6 * (time.perf_counter() - begun) / HOST_CALLS)
+    synchronised(device.type == "cuda")
+    return statistics.median(rounds)
+
+
+def launches(call: Call, device: torch.device) -> int | None:
+    """Kernels and memory operations that a call puts on the GPU; None on a CPU, where it runs all the
+    same."""
+    if device.type != "cuda":
+        call()
+        return None
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+def extra_bytes(call: Call, device: torch.device) -> int | None:
+    """Most memory that a call takes beyond what it found, its results included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def synchronised(cuda: bool) -> None:
+    """Wait for the GPU, where there is one."""
+    if cuda:
+        torch.cuda.synchronize()

@@ -1,7 +1,7 @@
 """Measure every legal launch configuration on this GPU, and write the table that goes before the heuristics.
 
-    python -m benchmarks.tune --out tuned.json [--kernels cuda.sum,triton.sum] [--channels 1152,3072] [--seconds 300]
-    FASTCACHE_TUNING=tuned.json python ...        # use it
+    python -m benchmarks.tune --out tuned.json [--kernels cuda.sum,triton.sum] [--channels 1152,3072]
+    [--seconds 300] FASTCACHE_TUNING=tuned.json python ...        # use it
 
 An entry is written only where a configuration beats the heuristic's choice by more than NOISE; the file is
 complete after every key, so a time limit loses what it cut off and nothing else. fastcache/backends/tuning.py
@@ -10,8 +10,6 @@ says what a key is, and what becomes of a table that is stale.
 
 import argparse
 import gc
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,11 +20,11 @@ import torch
 
 import fastcache
 from benchmarks.cases import Case, Form, Size
-from benchmarks.correctness import relative_rms
-from benchmarks.forms import Prepared
-from benchmarks.graphed import captured, measure_replays
-from benchmarks.inputs import Inputs
-from benchmarks.timing import Effort
+from benchmarks.contest import Prepared
+from benchmarks.gate.stage import write_json
+from benchmarks.operands import Operands
+from benchmarks.sequences import relative_rms
+from benchmarks.timing import Effort, captured, measure_replays
 from fastcache.backends import tuning
 from fastcache.backends.cuda_config import CudaKernels
 from fastcache.backends.index_errors import loaded_cuda
@@ -51,16 +49,19 @@ Clock = Callable[
 
 def keys(kernels: Iterable[str], channels: Iterable[int], dtypes: Iterable[str], device: str) -> list[Key]:
     """What is measured, small before large."""
-    found = [
-        Key(kernel, device, D, dtype, terms, rows)
-        for rows in ROWS for D in channels for dtype in dtypes for kernel in kernels for terms in (SUM_TERMS if kernel.endswith("sum") else ROW_TERMS)
-    ]  # fmt: skip
-    return [
-        key
-        for key in found
-        if (TERMS[key.terms] + 2) * 4**key.rows * key.channels * getattr(torch, key.dtype).itemsize
-        <= MOST_BYTES
+    kinds = [
+        (kernel, terms)
+        for kernel in kernels
+        for terms in (SUM_TERMS if kernel.endswith("sum") else ROW_TERMS)
     ]
+    widths = [(D, dtype) for D in channels for dtype in dtypes]
+    found = [
+        Key(kernel, device, *width, terms, rows)
+        for rows in ROWS
+        for width in widths
+        for kernel, terms in kinds
+    ]
+    return [key for key in found if case_of(key).tensor_bytes * (TERMS[key.terms] + 2) <= MOST_BYTES]
 
 
 def tune(
@@ -90,31 +91,23 @@ def tune(
         if better:
             entries.append(Entry(key, legal[best], found[best], found[HEURISTIC]))
         save(entries)
-        say(
-            f"{number}/{len(wanted)} {key}: {best} {found[best]:.1f} us, heuristic {found[HEURISTIC]:.1f}"
-            f" us{', kept' if better else ''}"
-        )
+        against = f"heuristic {found[HEURISTIC]:.1f} us{', kept' if better else ''}"
+        say(f"{number}/{len(wanted)} {key}: {best} {found[best]:.1f} us, {against}")
     return entries
 
 
 def case_of(key: Key) -> Case:
     """A call that stands for a key: as many rows as its bucket holds, in two samples."""
-    rows = 4**key.rows
-    batch = 2 if rows > 1 else 1
-    return Case(
-        Form.TRUNK,
-        Size("tuning", batch, rows // batch, key.channels, TERMS[key.terms]),
-        getattr(torch, key.dtype),
-    )
+    batch = 2 if key.rows else 1
+    size = Size("tuning", batch, 4**key.rows // batch, key.channels, TERMS[key.terms])
+    return Case(Form.TRUNK, size, getattr(torch, key.dtype))
 
 
-def call_of(key: Key, inputs: Inputs) -> Callable[[], object]:
-    """The call on given inputs: a trunk sum, or the same with LayerNorm and modulation."""
-    sum_ = partial(residual_update, inputs.x, inputs.features, inputs.table, gate_index=inputs.gate_index)
+def call_of(key: Key, i: Operands) -> Callable[[], object]:
+    """The call on given operands: a trunk sum, or the same with LayerNorm and modulation."""
+    trunk = partial(residual_update, i.x, i.features, i.table, gate_index=i.gate_index)
     return (
-        sum_
-        if key.kernel.endswith("sum")
-        else partial(sum_, norm=Norm.LAYER, shift=inputs.shift, scale=inputs.scale)
+        trunk if key.kernel.endswith("sum") else partial(trunk, norm=Norm.LAYER, shift=i.shift, scale=i.scale)
     )
 
 
@@ -138,17 +131,11 @@ def graph_clock(
             expected = call_of(key, buffers[0])()
         replays = {}
         for name, config in configs.items():
-            with (
-                tuning.only({} if config is None else {key: config}, device),
-                fastcache.use_backend(backend or key.kernel.partition(".")[0]),
-            ):
-                calls = [call_of(key, inputs) for inputs in buffers]
-                found = calls[0]()
-                error = max(
-                    relative_rms(one.float(), other.double())
-                    for one, other in zip(found, expected)
-                    if other is not None
-                )
+            chosen = fastcache.use_backend(backend or key.kernel.partition(".")[0])
+            with tuning.only({} if config is None else {key: config}, device), chosen:
+                calls = [call_of(key, operands) for operands in buffers]
+                pairs = zip(calls[0](), expected, strict=True)
+                error = max(relative_rms(one, other) for one, other in pairs if other is not None)
                 if not error <= ALLOWED_ERROR:
                     say(f"{name} is off by {error:.1e} and left out: this is a bug, report it")
                     continue
@@ -166,9 +153,7 @@ def graph_clock(
 def write(path: Path, entries: list[Entry], versions: Mapping[str, str]) -> None:
     """The table, replaced as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(encoded(entries, versions), indent=1) + "\n")
-    beside.replace(path)
+    write_json(path, encoded(entries, versions))
 
 
 def listed(text: str, allowed: Sequence[str], option: str) -> list[str]:
@@ -182,39 +167,32 @@ def listed(text: str, allowed: Sequence[str], option: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune",
-        description="Measure launch configurations on this GPU and write a table of the best.",
-    )
+    text = "Measure launch configurations on this GPU and write a table of the best."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=text)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kernels", default=",".join(CONFIGS))
     parser.add_argument("--channels", default=",".join(map(str, CHANNELS)))
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--seconds", type=float, default=480.0, help="after which no further key is begun")
     options = parser.parse_args(arguments)
-    kernels, dtypes = (
-        listed(options.kernels, tuple(CONFIGS), "--kernels"),
-        listed(options.dtypes, DTYPES, "--dtypes"),
-    )
+    kernels = listed(options.kernels, tuple(CONFIGS), "--kernels")
+    dtypes = listed(options.dtypes, DTYPES, "--dtypes")
     if not all(part.isdigit() for part in options.channels.split(",")):
         sys.exit(f"--channels: expected numbers, comma-separated, got {options.channels!r}")
     if not torch.cuda.is_available():
         sys.exit("python -m benchmarks.tune: PyTorch sees no GPU, and a table is made by measuring on one")
-    device, status = torch.device("cuda"), fastcache.backends_status()
+    device, status, library = torch.device("cuda"), fastcache.backends_status(), loaded_cuda()
     kernels = [name for name in kernels if status[name.partition(".")[0]].available]
-    library = loaded_cuda()
     cuda = None if library is None else CudaKernels(library)
     wanted = keys(kernels, map(int, options.channels.split(",")), dtypes, tuning.device_name(device))
     say = partial(print, flush=True)
+
+    def save(found: list[Entry]) -> None:
+        write(options.out, found, tuning.kernel_versions(cuda))
+
     with torch.no_grad():
-        entries = tune(
-            wanted,
-            cuda,
-            graph_clock(device, say=say),
-            lambda found: write(options.out, found, tuning.kernel_versions(cuda)),
-            time.monotonic() + options.seconds,
-            say,
-        )
+        deadline = time.monotonic() + options.seconds
+        entries = tune(wanted, cuda, graph_clock(device, say=say), save, deadline, say)
     print(f"{len(entries)} entries in {options.out.name}; use them with FASTCACHE_TUNING={options.out.name}")
 
 

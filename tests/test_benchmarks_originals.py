@@ -1,6 +1,5 @@
 """The baselines of the benchmarks compute what the originals compute, in as many operators as the originals
-take.
-"""
+take."""
 
 import sys
 from pathlib import Path
@@ -15,19 +14,21 @@ from hosts import STEPS, assert_close, inputs, small_dit
 from test_golden_token_refresh import POLICIES, policy_of
 
 import fastcache
-from benchmarks.original import Original
-from benchmarks.original_taylorseer import OriginalTaylorSeer
-from benchmarks.original_toca import OriginalToCa, choose
+from benchmarks.originals import Original, choose
 from fastcache.engine.record import OperatorCount
 from fastcache.models import DiT
 from fastcache.schedule import Selection
 
 LAYOUT = lambda model: fastcache.hosts.recognise(model).layout()
-TOKEN_POLICIES = {
+OURS = {
     "toca": fastcache.ToCa(3, 0.3),
     "toca, flips": fastcache.ToCa(3, 0.3, reproduce_reference=True),
     "toca, kv-norm": fastcache.ToCa(3, 0.3, cache_type="kv-norm", soft_fresh_weight=0.0),
     "duca": fastcache.DuCa(3, 0.3),
+    "taylorseer": fastcache.TaylorSeer(3, 2),
+    "taylorseer, order 4": fastcache.TaylorSeer(2, 4),
+    "taylorseer, order 0": fastcache.TaylorSeer(3, 0, first_enhance=1),
+    "fora": fastcache.FORA(3),
     "duca, kv-norm, flips": fastcache.DuCa(4, 0.3, cache_type="kv-norm", reproduce_reference=True),
 }
 
@@ -54,30 +55,19 @@ def generated(model: DiT, original: Original, steps: int = STEPS) -> tuple[list[
 def test_original_toca_and_duca_equal_the_recorded_outputs(name: str) -> None:
     model, case = golden_model(), load_case(name)
     calls = list(case.calls())
-    with OriginalToCa(model, policy_of(name).schedule(len(calls), LAYOUT(model))) as original:
+    with Original(model, policy_of(name).schedule(len(calls), LAYOUT(model))) as original:
         errors = []
         for call in calls:
             original.step = call.step
-            errors.append(relative_error(model.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE), call.out))
+            found = model.forward_with_cfg(call.x, call.t, call.y, CFG_SCALE)
+            errors.append(relative_error(found, call.out))
     assert max(errors) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize("policy", TOKEN_POLICIES.values(), ids=TOKEN_POLICIES)
-def test_original_toca_and_duca_equal_ours(policy: fastcache.Policy) -> None:
+@pytest.mark.parametrize("policy", OURS.values(), ids=OURS)
+def test_originals_equal_ours(policy: fastcache.Policy) -> None:
     model = small_dit()
-    outputs, _ = generated(model, OriginalToCa(model, policy.schedule(STEPS, LAYOUT(model))))
-    with fastcache.accelerate(model, policy, STEPS, calls_per_step=1):
-        assert_close([model(*inputs(step)) for step in range(STEPS)], outputs)
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [fastcache.TaylorSeer(3, 2), fastcache.TaylorSeer(2, 4), fastcache.TaylorSeer(3, 0, first_enhance=1)],
-    ids=str,
-)
-def test_original_taylorseer_equals_ours(policy: fastcache.TaylorSeer) -> None:
-    model = small_dit()
-    original = OriginalTaylorSeer(model, policy.full_steps(STEPS), policy.max_order)
+    original = Original(model, policy.schedule(STEPS, LAYOUT(model)))
     outputs, _ = generated(model, original)
     again, _ = generated(model, original)
     assert_close(again, outputs, 1e-12)
@@ -85,57 +75,37 @@ def test_original_taylorseer_equals_ours(policy: fastcache.TaylorSeer) -> None:
         assert_close([model(*inputs(step)) for step in range(STEPS)], outputs)
 
 
-def by_block(policy: fastcache.Policy, original, steps: int) -> dict[str, float]:
+def by_block(policy: fastcache.Policy, steps: int) -> dict[str, float]:
     """Operators that a block takes, by kind of step: the difference between two depths."""
     counts = []
     for depth in (2, 6):
         model = small_dit(depth=depth)
-        counts.append(generated(model, original(model, policy, steps), steps)[1])
-        kinds = [step.kind for step in policy.schedule(steps, LAYOUT(model)).steps]
-    return {kind: (deep - shallow) / 4 for kind, shallow, deep in zip(kinds, *counts, strict=False)}
+        schedule = policy.schedule(steps, LAYOUT(model))
+        counts.append(generated(model, Original(model, schedule), steps)[1])
+    kinds = [step.kind for step in schedule.steps]
+    return {kind: (deep - shallow) / 4 for kind, shallow, deep in zip(kinds, *counts, strict=True)}
 
 
 def test_blocks_of_the_originals_take_as_many_operators_as_the_specification_counts() -> None:
-    toca = by_block(
-        fastcache.ToCa(3, 0.3),
-        lambda model, policy, steps: OriginalToCa(model, policy.schedule(steps, LAYOUT(model))),
-        12,
-    )
+    toca = by_block(fastcache.ToCa(3, 0.3), 12)
     assert 30 < toca["partial"] <= 42 - 7  # 7 of 42 are the scalars that were left out
     assert 20 < toca["full"] <= 38
-    duca = by_block(
-        fastcache.DuCa(3, 0.3, cache_type="kv-norm"),
-        lambda model, policy, steps: OriginalToCa(model, policy.schedule(steps, LAYOUT(model))),
-        12,
-    )
+    duca = by_block(fastcache.DuCa(3, 0.3, cache_type="kv-norm"), 12)
     assert 30 < duca["partial"] <= 46 - 7 and duca["skip"] == 0
-    taylor = by_block(
-        fastcache.TaylorSeer(),
-        lambda model, policy, steps: OriginalTaylorSeer(model, policy.full_steps(steps), policy.max_order),
-        22,
-    )
-    assert taylor["forecast"] == 36
+    assert by_block(fastcache.TaylorSeer(), 22)["forecast"] == 36
 
 
 def test_the_worked_example_of_the_specification_chooses_its_tokens() -> None:
     received = torch.tensor([[4.0, 1, 2, 3, 1, 1, 9, 1, 5, 2, 1, 1, 1, 1, 1, 8]])
-    counts = torch.zeros(1, 16, dtype=torch.int32)
-    counts[0, [1, 10, 11]], counts[0, 4] = 1, 2
-    before = counts.clone()
-    chosen = choose(
-        received,
-        counts,
-        4,
+    ages = torch.zeros(1, 16, dtype=torch.int32)
+    ages[0, [1, 10, 11]], ages[0, 4] = 1, 2
+    before = ages.clone()
+    selection, fields = (
         Selection("attention", 0.25 / 3, 2, 0.6),
         {"soft_fresh_weight": 0.25, "fresh_threshold": 3},
     )
+    chosen = choose(torch.nn.functional.normalize(received, dim=-1), ages, 4, selection, fields)
     assert chosen.tolist() == [[6, 15, 8, 0]]
-    assert counts.tolist() == [
-        [0 if token in (6, 15, 8, 0) else count + 1 for token, count in enumerate(before[0].tolist())]
-    ]
-
-
-def test_a_score_that_the_baseline_lacks_is_refused() -> None:
-    model = small_dit()
-    with pytest.raises(ValueError, match="cache_type attention or kv-norm"):
-        OriginalToCa(model, fastcache.ToCa(cache_type="norm").schedule(STEPS, LAYOUT(model)))
+    expected = before + 1
+    expected[0, chosen[0]] = 0
+    assert torch.equal(ages, expected)

@@ -1,5 +1,6 @@
-"""Calibration: the greedy scan, the search for a threshold, and errors measured on a model (spec sections 4.1
-and 11).
+"""Calibration: the greedy scan, the search for a threshold, and errors measured on a model.
+
+Method: docs/methods/smoothcache.md, "Calibration".
 """
 
 import itertools

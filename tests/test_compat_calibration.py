@@ -1,5 +1,6 @@
-"""SmoothCache's calibration helpers: published errors, averaged, and a schedule that everyone reads (spec
-section 4.1).
+"""SmoothCache's calibration helpers: published errors, averaged, and a schedule that everyone reads.
+
+Method: docs/methods/smoothcache.md, "Calibration".
 """
 
 import json

@@ -1,5 +1,5 @@
 """SmoothCache's helpers by their own names: recorded outputs of the originals, and the originals' faults of
-lifecycle (spec section 4.3).
+lifecycle (docs/methods/smoothcache.md, "Helpers and their lifecycle").
 """
 
 import json

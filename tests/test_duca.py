@@ -1,5 +1,6 @@
-"""DuCa's plans: the order of full, partial and skipped steps, flips, FLOPs (spec sections 3 and 11), recorded
-runs.
+"""DuCa's plans: the order of full, partial and skipped steps, flips, FLOPs, recorded runs.
+
+Method: docs/methods/duca.md, "Conformance".
 """
 
 from dataclasses import fields

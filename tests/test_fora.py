@@ -1,4 +1,4 @@
-"""FORA's step rule and the authors' FLOP formula (spec sections 1, 2.1 and 11)."""
+"""FORA's step rule and the authors' FLOP formula (docs/methods/fora.md, "Conformance")."""
 
 import pytest
 

@@ -1,6 +1,5 @@
 """`make report`: what is drawn of a committed run. The runs here are made up, with numbers that no machine
-gave.
-"""
+gave."""
 
 import json
 import sys
@@ -12,10 +11,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gate.report import RESULTS, main, runs
 
-ROW = {
-    "case": "trunk-dit-256-b2-bf16", "form": "trunk", "size": "DiT-256 B2", "dtype": "bf16", "bytes": 68_677_856, "cache": "cold", "buffers": 2, "share_of_datasheet": 0.5, "host_us": 3.0, "launches": 1,
-    "extra_bytes": 1_200_000, "error": 1e-3, "vs_naive": 2.0, "vs_best_eager": 1.5, "vs_autotuned": None,
-}  # fmt: skip
+ROW = {"case": "trunk-dit-256-b2-bf16", "form": "trunk", "size": "DiT-256 B2", "dtype": "bf16"}
+ROW |= {"bytes": 68_677_856, "cache": "cold", "buffers": 2, "share_of_datasheet": 0.5, "host_us": 3.0}
+ROW |= {"launches": 1, "extra_bytes": 1_200_000, "error": 1e-3, "vs_naive": 2.0, "vs_best_eager": 1.5}
+TIMING = {
+    "median_us": 1000.0,
+    "p10_us": 900.0,
+    "p90_us": 1100.0,
+    "best_us": 900.0,
+    "rounds": 3,
+    "cpu_us": 30.0,
+}
 
 
 def row(contender: str, median: float, share: float, vs_compile: float, **changes: object) -> dict:
@@ -23,55 +29,57 @@ def row(contender: str, median: float, share: float, vs_compile: float, **change
         "median_us": median,
         "p10_us": 0.9 * median,
         "p90_us": 1.1 * median,
-        "best_us": 0.9 * median,
+        "best_us": median,
         "rounds": 9,
     }
-    return (
-        ROW
-        | {
-            "contender": contender,
-            "timing": timing,
-            "gbps": 1e-3 * ROW["bytes"] / median,
-            "share_of_copy": share,
-            "vs_compile": vs_compile,
-        }
-        | changes
-    )
+    made = {
+        "timing": timing,
+        "gbps": 1e-3 * ROW["bytes"] / median,
+        "vs_compile": vs_compile,
+        "vs_autotuned": None,
+    }
+    return ROW | made | {"contender": contender, "share_of_copy": share} | changes
 
 
 def made_up(**changes: object) -> dict:
     """A run of a machine that does not exist."""
-    timing = {"median_us": 1000.0, "p10_us": 900.0, "p90_us": 1100.0, "best_us": 900.0, "rounds": 3}
-    step = {
+    step = {"batch": 1, "generation": TIMING, "steps": {"full": TIMING}, "launches": {"full": 9}}
+    step |= {"peak_bytes": 2_000_000_000, "error": None, "way": "uncached"}
+    steps = {"full": TIMING, "reuse": TIMING | {"median_us": 40.0}}
+    ours = step | {"way": "FORA ours", "steps": steps, "launches": {"full": 9, "reuse": 3}, "error": 1e-3}
+    ours |= {"generation": TIMING | {"median_us": 500.0}}
+    graph = {
         "batch": 1,
-        "generation": timing,
-        "steps": {"full": timing},
-        "launches": {"full": 9},
-        "peak_bytes": 2_000_000_000,
-        "error": None,
+        "replay": TIMING | {"median_us": 99.0},
+        "floor_us": 16.0,
+        "target_us": 78.4,
+        "launches": 8,
     }
-    burst = {"copy_gbps": 1000.0, "read_gbps": 1100.0}
+    cases = [row("torch.compile", 90.0, 0.76, 1.0), row("fastcache cuda", 100.0, 0.69, 0.9)]
+    cases += [row("fastcache triton", 75.0, 0.92, 1.2), row("somebody's kernel", 80.0, 0.86, 1.1)]
+    late = {
+        "case": "update-dit-256-b2-bf16",
+        "provider": None,
+        "reason": "the budget of the stage was used up",
+    }
     stages = {
-        "tests": {"status": "failed", "reason": "1 tests failed", "wall_s": 3.0, "counts": {"passed": 5, "failed": 1, "skipped": 2}, "failures": [{"test": "test_x", "error": "E  assert"}], "skipped": {"one GPU": 2}},
+        "tests": {"status": "failed", "reason": "1 tests failed", "wall_s": 3.0, "skipped": {"one GPU": 2}},
         "sanitizer": {"status": "done", "verdicts": {"memcheck cuda": "clean"}},
-        "kernels": {
-            "status": "stopped", "reason": "stopped after 158 s", "bandwidth": burst, "datasheet_gbps": None,
-            "cases": [row("torch.compile", 90.0, 0.76, 1.0), row("fastcache cuda", 100.0, 0.69, 0.9), row("fastcache triton", 75.0, 0.92, 1.2), row("somebody's kernel", 80.0, 0.86, 1.1)],
-            "absent": [{"case": "update-dit-256-b2-bf16", "provider": None, "reason": "the budget of the stage was used up"}],
-        },
+        "kernels": {"status": "stopped", "reason": "stopped after 158 s", "cases": cases, "absent": [late]},
         "end_to_end": {
-            "status": "done", "model": "Made-up model", "num_steps": 50, "policy": "FORA(interval=3)", "absent": [],
-            "ways": [step | {"way": "uncached"}, step | {"way": "FORA ours", "steps": {"full": timing, "reuse": timing | {"median_us": 40.0}}, "launches": {"full": 9, "reuse": 3}, "generation": timing | {"median_us": 500.0}, "error": 1e-3}],
-            "graphs": [{"batch": 1, "replay": timing | {"median_us": 99.0}, "floor_us": 16.0, "target_us": 78.4, "launches": 8}],
+            "status": "done",
+            "model": "Made-up model",
+            "num_steps": 50,
+            "policy": "FORA(interval=3)",
         },
-    }  # fmt: skip
-    return {
-        "format": 1,
-        "dry_run": False,
-        "begun": "2000-01-01T00:00:00+00:00",
-        "machine": {"gpus": ["Made-up GPU"], "versions": {"torch": "0.0"}},
-        "stages": stages,
-    } | changes
+    }
+    stages["tests"]["counts"] = {"passed": 5, "failed": 1, "skipped": 2}
+    stages["tests"]["failures"] = [{"test": "test_x", "error": "E  assert"}]
+    stages["kernels"] |= {"bandwidth": {"copy_gbps": 1000.0, "read_gbps": 1100.0}, "datasheet_gbps": None}
+    stages["end_to_end"] |= {"absent": [], "ways": [step, ours], "graphs": [graph]}
+    machine = {"gpus": ["Made-up GPU"], "versions": {"torch": "0.0"}}
+    made = {"format": 1, "dry_run": False, "begun": "2000-01-01T00:00:00+00:00", "machine": machine}
+    return made | {"stages": stages} | changes
 
 
 @pytest.fixture
@@ -136,6 +144,25 @@ def test_a_run_that_ended_before_the_kernels_has_a_page_without_a_picture(
     content["stages"] = {"build": {"status": "failed", "reason": "nvcc was not found"}}
     assert "| build | failed | - | nvcc was not found |" in report(folder, content)
     assert not (folder.parent / "out" / "made-up-20000101.png").exists()
+
+
+def test_blocks_and_quotients_are_shown_and_what_is_beyond_ideal_is_noted(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = made_up()
+    kernels, ways = content["stages"]["kernels"], content["stages"]["end_to_end"]["ways"]
+    kernels["blocks"] = [row("fastcache cuda", 1000.0, 0.5, 0.5, work="block", rows=7, flops=10**9)]
+    kernels["blocks_absent"] = [{"case": "another", "provider": None, "reason": "no time"}]
+    ways[0] |= {"pixels": 512}
+    ways[1] |= {"pixels": 512, "ideal": 1.5}
+    text = report(folder, content)
+    assert (
+        "| block | DiT-256 B2 | 7 | fastcache cuda |" in text
+        and "**0.50**" in text
+        and "no time: another" in text
+    )
+    assert "| 512 | 1 | FORA ours | 0 | 2.00 | 1.50 | 1.33 |" in text
+    assert "- 512 px, 1 images, FORA ours: 1.33 of ideal: a full step 1.00 ms, a reuse step 0.04 ms" in text
 
 
 def test_an_empty_folder_says_that_nothing_was_measured_and_how_to(

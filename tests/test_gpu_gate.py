@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,34 +11,38 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.bandwidth import Bandwidth
-from benchmarks.cases import TINY, Case, Form, cases
+from benchmarks.cases import PARTIAL_BLOCKS, TINY, TINY_TOKENS, Case, ChoiceCase, Form
 from benchmarks.gate import (
     __main__ as gate,
     build,
-    contenders,
     end_to_end,
     kernels,
+    peers,
     prerequisites,
-    sanitized,
     sanitizer,
-    ways,
 )
 from benchmarks.gate.prerequisites import Tool
-from benchmarks.gate.results import Results
-from benchmarks.gate.stage import Failed, Stage
+from benchmarks.gate.stage import Failed, Results, Stage
 from benchmarks.gate.tests import Progress
-from benchmarks.graphed import captured, host_us, measure_replays
-from benchmarks.timing import Effort, Timing
+from benchmarks.generations import Contest, Entrant, Method, Way
+from benchmarks.machine import Bandwidth, threads
+from benchmarks.sequences import FormSequences
+from benchmarks.timing import Effort, Timing, captured, host_us, measure_replays
+from fastcache import FORA
 
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, 1, 1)
+BF16 = torch.bfloat16
 COPY = Bandwidth(1, 1, 10.0, 20.0, Timing(1, 1, 1, 1, 1), Timing(1, 1, 1, 1, 1))
 
 
-def stage(tmp_path: Path, name: str, *, dry_run: bool = True, seconds: float = 60.0) -> Stage:
-    import time
+@pytest.fixture(autouse=True)
+def quiet():
+    with torch.no_grad(), threads(1):
+        yield
 
+
+def stage(tmp_path: Path, name: str, *, dry_run: bool = True, seconds: float = 60.0) -> Stage:
     return Stage(
         name,
         Results.new(tmp_path / "gate.json", dry_run=dry_run, machine={}),
@@ -104,10 +109,9 @@ def one_stage(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, second
     """Run a stage whose process executes `code` after it has found 1."""
     Results.new(tmp_path / "gate.json", dry_run=False, machine={})
     run = gate.stopped_after
-    program = (
-        "import sys, time, os\nfrom pathlib import Path\nfrom benchmarks.gate.results import"
-        f" Results\nResults(Path({str(tmp_path / 'gate.json')!r})).add('kernels', 'cases', 1)\n{code}"
-    )
+    opened = f"Results(Path({str(tmp_path / 'gate.json')!r})).add('kernels', 'cases', 1)"
+    imports = "import os, time; from pathlib import Path; from benchmarks.gate.stage import Results"
+    program = f"{imports}; {opened}; {code}"
     monkeypatch.setattr(gate, "GRACE", 0)
     monkeypatch.setattr(
         gate, "stopped_after", lambda command, limit: run([sys.executable, "-c", program], limit)
@@ -169,16 +173,13 @@ def test_a_build_without_its_tools_fails_with_the_fix(
 ) -> None:
     original = prerequisites.tool
     monkeypatch.setattr(
-        build,
+        prerequisites,
         "tool",
         lambda name: Tool(name, "", original(name).fix) if name == absent else Tool(name, "/bin/true", ""),
     )
     with pytest.raises(
         Failed,
-        match=(
-            f"{absent} was not found, so the CUDA kernels are not built and only Triton is tested and"
-            f" measured. Fix: .*{fix}"
-        ),
+        match=f"{absent} was not found, so the CUDA kernels are not built .* Fix: .*{fix}",
     ):
         build.build(stage(tmp_path, "build"))
 
@@ -195,13 +196,9 @@ def test_a_setuptools_that_setup_py_refuses_is_gone_around(version: str, old: bo
 
 
 def test_a_failed_build_is_named_by_its_first_error() -> None:
-    assert (
-        build.first_error(
-            "-- Configuring\nCMake Error at CMakeLists.txt:89 (enable_language):\n  no such"
-            " compiler\nmore\nCMake Error again"
-        )
-        == "CMake Error at CMakeLists.txt:89 (enable_language): no such compiler"
-    )
+    first = "CMake Error at CMakeLists.txt:89 (enable_language):"
+    output = f"-- Configuring\n{first}\n  no such compiler\nmore\nError again"
+    assert build.first_error(output) == f"{first} no such compiler"
     assert build.first_error("one\ntwo\nthree") == "two three" and build.first_error("") == ""
 
 
@@ -258,7 +255,7 @@ def test_a_sanitizer_is_believed_only_if_the_calls_ended_well(code: int, output:
 
 
 def test_the_sanitizer_watches_every_kind_of_kernel_path() -> None:
-    forms = sanitized.calls()
+    forms = sanitizer.calls()
     assert (
         {bool(form.norm) for form in forms}
         == {bool(form.slot) for form in forms}
@@ -277,69 +274,81 @@ def test_the_sanitizer_watches_every_kind_of_kernel_path() -> None:
 
 
 def test_the_cases_decide_first_and_cover_every_form_and_size_of_the_design() -> None:
-    found_ = kernels.gate_cases(dry_run=False)
-    assert len({case.name for case in found_}) == len(found_)
-    assert {case.form for case in found_} == set(Form)
-    assert {case.size.name for case in found_} == {
-        "DiT-256 B2",
-        "DiT-256 B8",
-        "DiT-256 B64",
-        "PixArt-1024 B2",
-        "FLUX B1",
-        "Wan-480p B1",
-    }
-    decisive = [case.form in kernels.DECISIVE for case in found_ if case.dtype is torch.bfloat16]
+    forms, blocks = kernels.form_cases(False), kernels.block_cases(False)
+    assert len({case.name for case in (*forms, *blocks)}) == len(forms) + len(blocks)
+    assert {case.form for case in forms} == {form for form in Form if form not in PARTIAL_BLOCKS}
+    assert {size.name for size in kernels.GATE_SIZES} == {case.size.name for case in forms}
+    decisive = [case.form in kernels.DECISIVE for case in forms if case.dtype is BF16]
     assert decisive == sorted(decisive, reverse=True)
+    assert {case.share for case in blocks if isinstance(case, Case)} == {0.01, 0.07, 0.25, 0.6}
 
 
-@pytest.mark.parametrize("form", [Form.TRUNK, Form.REFRESH, Form.MODULATE_RMS], ids=lambda form: form.value)
-def test_a_rehearsed_case_has_every_contender_or_the_reason_why_not(form: Form) -> None:
-    with torch.no_grad():
-        rows, absent = kernels.measure_gate_case(Case(form, TINY, torch.bfloat16), CPU, COPY, 100.0, ONCE)
-    assert [row.contender for row in rows] == [
-        "naive",
-        "best eager",
-        "torch.compile",
-        "torch.compile autotuned",
-        "fastcache cuda",
-        "fastcache triton",
-    ]
-    assert {one.provider for one in absent} == {"sglang triton", "fastvideo triton", "liger triton"}
-    own = {row.contender: row for row in rows}
+HOST = ["naive", "best eager"]
+COMPILED = ["torch.compile", "torch.compile autotuned"]
+OURS = ["fastcache cuda", "fastcache triton"]
+REHEARSED = [
+    (Case(Form.TRUNK, TINY, BF16), [*HOST, *COMPILED, *OURS]),
+    (Case(Form.REFRESH, TINY, BF16), [*HOST, *COMPILED, *OURS]),
+    (Case(Form.MODULATE_RMS, TINY, BF16), [*HOST, *COMPILED, *OURS]),
+    (Case(Form.STREAM, TINY_TOKENS, BF16, 0.25), [*HOST, "torch.compile", *OURS]),
+    (Case(Form.BLOCK, TINY_TOKENS, BF16, 0.25), [*HOST, "torch.compile", *OURS, "MLP alone"]),
+    (ChoiceCase(TINY_TOKENS, 0.3), ["naive", "topk per layer", "best eager", "torch.compile", "fastcache"]),
+]
+
+
+@pytest.mark.parametrize(("case", "everyone"), REHEARSED, ids=lambda one: getattr(one, "name", ""))
+def test_a_rehearsed_case_has_every_contender_or_the_reason_why_not(case, everyone: list[str]) -> None:
+    rows, absent = kernels.measure_gate_case(case, CPU, COPY, 100.0, ONCE)
+    assert [row.contender for row in rows] == everyone
+    assert {one.provider for one in absent} == (
+        {peer.name for peer in peers.PEERS} if everyone[3] == COMPILED[1] else set()
+    )
+    naive = rows[0].timing.median_us
     for row in rows:
         assert row.share_of_copy == pytest.approx(row.gbps / 10) and row.share_of_datasheet == pytest.approx(
             row.gbps / 100
         )
-        assert row.vs_naive == pytest.approx(own["naive"].timing.median_us / row.timing.median_us)
-        assert row.host_us > 0 and row.error < 1e-2 and asdict(row)
+        assert row.vs_naive == (
+            None if row.contender == "MLP alone" else pytest.approx(naive / row.timing.median_us)
+        )
+        assert (
+            row.host_us > 0
+            and row.launches is None
+            and row.timing.cpu_us
+            and row.error < 1e-2
+            and asdict(row)
+        )
 
 
 def test_a_contender_with_wrong_values_is_not_timed_and_fails_the_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(contenders.OURS, Form.UPDATE, lambda inputs: lambda: (inputs.x, None, None))
-    monkeypatch.setattr(kernels, "gate_cases", lambda dry_run: [Case(Form.UPDATE, TINY, torch.bfloat16)])
+    class Wrong(FormSequences):
+        def __init__(self, case: Case) -> None:
+            super().__init__(case)
+            self.contenders["fastcache"] = lambda operands: lambda: (operands.x, None, None)
+
+    monkeypatch.setattr("benchmarks.contest.FormSequences", Wrong)
+    monkeypatch.setattr(kernels, "form_cases", lambda dry_run: [Case(Form.UPDATE, TINY, BF16)])
+    monkeypatch.setattr(kernels, "block_cases", lambda dry_run: [])
     with pytest.raises(Failed, match="wrong values, so not timed: update-tiny-b2-bf16: fastcache cuda"):
         kernels.kernels(stage(tmp_path, "kernels"))
-    assert set(found(tmp_path)["kernels"]["cases"][0]["ran"]) == {
-        "naive",
-        "best eager",
-        "torch.compile",
-        "torch.compile autotuned",
-    }
+    assert set(found(tmp_path)["kernels"]["cases"][0]["ran"]) == {*HOST, *COMPILED}
 
 
-def test_a_dry_run_keeps_no_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels, "gate_cases", lambda dry_run: [Case(Form.UPDATE, TINY, torch.bfloat16)])
-    kernels.kernels(stage(tmp_path, "kernels"))
-    end_to_end.end_to_end(stage_ := stage(tmp_path, "end_to_end"))
-    text = json.dumps(stage_.results.content)
-    assert (
-        "median_us" not in text
-        and "gbps" not in text
-        and {one["way"] for one in stage_.results.stage("end_to_end")["ways"]}
-        == {way.name for way in ways.WAYS}
+def test_a_dry_run_accepts_every_real_case_and_keeps_no_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real, few = kernels.form_cases(False), [Case(Form.UPDATE, TINY, BF16)]
+    monkeypatch.setattr(kernels, "form_cases", lambda dry_run: few if dry_run else real)
+    kernels.kernels(stage_ := stage(tmp_path, "kernels"))
+    assert stage_.found["real_cases"] == len(real) and len(stage_.found["blocks"]) == 1 + 2 * len(
+        kernels.BLOCK_SHARES
     )
+    end_to_end.end_to_end(whole := Stage("end_to_end", stage_.results, True, 0.0))
+    text = json.dumps(stage_.results.content)
+    assert "median_us" not in text and "gbps" not in text
+    assert {one["way"] for one in whole.found["ways"]} == {entrant.name for entrant in end_to_end.ENTRANTS}
 
 
 def test_a_spent_budget_leaves_every_case_with_the_reason(
@@ -350,10 +359,13 @@ def test_a_spent_budget_leaves_every_case_with_the_reason(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     with pytest.raises(Failed, match="no case was measured"):
         kernels.kernels(late)
-    absent = found(tmp_path)["kernels"]["absent"]
-    assert len(absent) == len(kernels.gate_cases(False)) and {one["reason"] for one in absent} == {
-        "the budget of the stage was used up"
-    }
+    kept = found(tmp_path)["kernels"]
+    for missing, cases, budget in (
+        ("absent", kernels.form_cases, "stage"),
+        ("blocks_absent", kernels.block_cases, "blocks"),
+    ):
+        assert [one["case"] for one in kept[missing]] == [case.name for case in cases(False)]
+        assert {one["reason"] for one in kept[missing]} == {f"the budget of the {budget} was used up"}
 
 
 @pytest.mark.parametrize(
@@ -373,17 +385,18 @@ def test_a_peer_takes_part_when_its_file_is_named_and_computes_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "scale_residual.py").write_text(
-        "import torch.nn.functional as F\ndef fused_scale_residual_norm_scale_shift_triton(*, residual, x,"
-        " gate, shift, scale, weight, bias, eps):\n    x = residual + gate * x\n    return F.layer_norm(x,"
-        " x.shape[-1:], eps=eps) * (1 + scale) + shift, x\n"
+        "import torch.nn.functional as F\n"
+        "def fused_scale_residual_norm_scale_shift_triton("
+        "*, residual, x, gate, shift, scale, weight, bias, eps):\n"
+        "    x = residual + gate * x\n"
+        "    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift, x\n"
     )
     monkeypatch.setenv("FASTCACHE_PEER_SGLANG", str(tmp_path / "scale_residual.py"))
-    one = next(case for case in cases((TINY,)) if case.form is Form.UPDATE_MODULATE)
-    peer = next(peer for peer in contenders.PEERS if peer.name == "sglang triton")
+    one = Case(Form.UPDATE_MODULATE, TINY, BF16)
+    peer = next(peer for peer in peers.PEERS if peer.name == "sglang triton")
     assert peer.absence(one) == "takes one sample only"
     single = Case(one.form, type(TINY)("One", 1, 24, 64, 5), one.dtype)
-    with torch.no_grad():
-        rows, _ = kernels.measure_gate_case(single, CPU, COPY, None, ONCE)
+    rows, _ = kernels.measure_gate_case(single, CPU, COPY, None, ONCE)
     assert "sglang triton" in {row.contender for row in rows}
     monkeypatch.setenv("FASTCACHE_PEER_SGLANG", str(tmp_path / "none.py"))
     assert peer.absence(single) == "FASTCACHE_PEER_SGLANG: there is no such file"
@@ -396,8 +409,6 @@ def test_a_replay_uses_every_buffer_equally_often_and_scales_to_one_call() -> No
     replay.run()
     assert replay.calls == 6 and seen == [0, 1, 2, 0, 1, 2]
     assert captured(calls, CPU, ideal_us=1e9).calls == 3
-    import time
-
     slow = captured([lambda: time.sleep(0.01)], CPU, ideal_us=250.0)
     assert slow.calls == 2 and 9e3 < measure_replays({"slow": slow}, ONCE, CPU)["slow"].median_us < 19e3
     assert host_us(calls, CPU) > 0
@@ -409,25 +420,46 @@ def test_a_replay_uses_every_buffer_equally_often_and_scales_to_one_call() -> No
 def test_a_way_that_computes_something_else_fails_the_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from fastcache import FORA
-
-    wrong = ways.Way("wrong", ways.session(FORA(interval=4), begun=True), exact=ways.UNCACHED)
-    monkeypatch.setattr(end_to_end, "WAYS", (ways.WAYS[0], wrong))
-    monkeypatch.setattr(end_to_end, "ALLOWED_ERROR", 1e-6)
+    wrong = Method(
+        "FORA",
+        lambda steps: FORA(4),
+        lambda *_: end_to_end.FORA_3.original(_[0], _[1], FORA(2).schedule(4, _[2].layout)),
+    )
+    monkeypatch.setattr(end_to_end, "METHODS", (wrong,))
+    monkeypatch.setattr(
+        end_to_end, "ENTRANTS", tuple(Entrant(wrong, way) for way in (Way.ORIGINAL, Way.OURS))
+    )
+    monkeypatch.setattr(end_to_end, "ALLOWED_ERROR", 1e-9)
     monkeypatch.setattr(end_to_end, "check_real_model", lambda stage: None)
-    with pytest.raises(ValueError, match="differs from 'uncached'"):
+    with pytest.raises(ValueError, match="differs from 'FORA, original'"):
         end_to_end.end_to_end(stage(tmp_path, "end_to_end"))
 
 
-def test_a_way_gives_the_model_back() -> None:
-    with torch.no_grad():
-        run = ways.trajectory(end_to_end.TINY_MODEL, 1, 4, CPU, torch.float32)
-        before = run.call(0)
-        for way in ways.WAYS:
-            with way.enter(run) as control:
-                control.begin()
-                control.before(0)
-                run.call(0)
-                control.stop()
-            assert torch.equal(run.call(0), before), way.name
-            assert not any("forward" in block.__dict__ for block in run.model.blocks)
+def test_the_larger_pictures_are_measured_last_with_one_batch() -> None:
+    assert [(end_to_end.pixels(size), size.images) for size in end_to_end.SIZES] == [
+        (256, 1),
+        (256, 8),
+        (256, 32),
+        (512, 4),
+    ]
+
+
+def test_launches_are_counted_when_tokens_are_refreshed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, contest = [], Contest(end_to_end.TINY, end_to_end.METHODS)
+    monkeypatch.setattr(end_to_end, "launches", lambda call, device: counted.append(call.__defaults__[0]))
+    kinds = [
+        *contest.kinds(None)[:1],
+        "partial",
+        "skip",
+        "partial",
+        "full",
+        "skip",
+        "partial",
+        "full",
+        "full",
+        "skip",
+    ]
+    with contest.entered(end_to_end.HOST) as control:
+        monkeypatch.setattr(type(control), "call", lambda control, step: None)
+        assert set(end_to_end.counted(control, kinds, 3)) == {"full", "partial", "skip"}
+    assert counted == [6, 7, 9]

@@ -1,4 +1,7 @@
-"""L2C: router files, pairs of steps, and the counts of the released routers (spec sections 5 and 11)."""
+"""L2C: router files, pairs of steps, and the counts of the released routers.
+
+Method: docs/methods/l2c.md, "Conformance".
+"""
 
 import json
 

@@ -37,7 +37,7 @@ def reference(
     cell: int,
     bonus: float,
 ) -> list[set[int]]:
-    """The specification's rule, token by token, in the operator's float32 steps."""
+    """The rule of docs/methods/toca.md, "Which tokens", token by token, in the operator's float32 steps."""
     found = []
     for row, ages, count in zip(score.double(), age, counts, strict=True):
         values = torch.tensor([float(v) for v in row], dtype=torch.float32)

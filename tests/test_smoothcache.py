@@ -1,5 +1,6 @@
-"""SmoothCache: the published form, its errors, and recorded outputs of the original (spec sections 4 and
-11).
+"""SmoothCache: the published form, its errors, and recorded outputs of the original.
+
+Method: docs/methods/smoothcache.md, "Conformance".
 """
 
 import json
@@ -156,7 +157,7 @@ def test_a_malformed_fingerprint_is_refused() -> None:
 
 
 def test_smoothcaches_reader_finds_its_entries_beside_the_fingerprint() -> None:
-    """Spec 4.3: the original looks up comp-index, then comp, and nothing else."""
+    """The original looks up comp-index, then comp, and nothing else (docs/methods/smoothcache.md)."""
     found = json.loads(json.dumps(fingerprinted()))
     for component, index in (("attn", 0), ("mlp", 1)):
         key = f"{component}-{index}"

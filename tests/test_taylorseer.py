@@ -1,5 +1,6 @@
-"""TaylorSeer: step rule, orders, and forecast weights against the published difference form (spec sections 6
-and 11).
+"""TaylorSeer: step rule, orders, and forecast weights against the published difference form.
+
+Method: docs/methods/taylorseer.md, "Conformance".
 """
 
 import math

@@ -1,5 +1,6 @@
-"""ToCa's plans: step kinds, tokens a layer, FLOPs to the last digit (spec sections 2 and 11), recorded
-runs.
+"""ToCa's plans: step kinds, tokens a layer, FLOPs to the last digit, recorded runs.
+
+Method: docs/methods/toca.md, "Conformance".
 """
 
 from dataclasses import fields
@@ -165,7 +166,7 @@ def test_half_an_interval_rounds_to_even() -> None:
     assert [cycle.interval_after(0, threshold, 10) for threshold in (2, 6)] == [2, 8]
 
 
-# share of 4096 tokens at fresh_ratio 0.1, T = 10: worked out by hand from spec table 2.4
+# share of 4096 tokens at fresh_ratio 0.1, T = 10: by hand from docs/methods/toca.md, "How many tokens"
 @pytest.mark.parametrize(
     ("scheduler", "family", "step", "layer", "name", "tokens"),
     [

@@ -1,3 +1,2 @@
 """The GPU gate: builds, tests and measures on a machine with a GPU, in one call. Started by
-benchmarks/gpu_gate.sh.
-"""
+benchmarks/gpu_gate.sh."""

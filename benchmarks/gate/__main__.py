@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gate.prerequisites import facts, missing_packages
-from benchmarks.gate.results import Results, now
+from benchmarks.gate.stage import Results, now
 
 STAGES = {
     "build": 120,
@@ -23,36 +24,23 @@ STAGES = {
     "end_to_end": 105,
 }  # seconds; 530 in all
 GRACE = 8  # seconds between the end of a stage's own budget and its being stopped
+say = partial(print, flush=True)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options. Exits with a message that names the option, what was expected and what came."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu_gate.sh", description="Build, test and measure FastCache on this machine's GPU."
-    )
-    parser.add_argument(
-        "--only", default=",".join(STAGES), help=f"stages, comma-separated: {','.join(STAGES)}"
-    )
-    parser.add_argument(
-        "--seconds",
-        action="append",
-        default=[],
-        metavar="STAGE=N",
-        help="budget of a stage; default "
-        + ", ".join(f"{name}={seconds}" for name, seconds in STAGES.items()),
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help=(
-            "without a GPU: build for sm_90, collect the tests, and run every case at a tiny size on the CPU"
-        ),
-    )
-    parser.add_argument("--out", type=Path, default=None, help="the JSON; default out/gpu_gate.json")
+    text = "Build, test and measure FastCache on this machine's GPU."
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu_gate.sh", description=text)
+    names, budgets = ",".join(STAGES), ", ".join(f"{name}={seconds}" for name, seconds in STAGES.items())
+    parser.add_argument("--only", default=names, help=f"stages, comma-separated: {names}")
+    budget = f"budget of a stage; default {budgets}"
+    parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=N", help=budget)
+    dry = "without a GPU: build for sm_90, collect the tests, and run every case at a tiny size on the CPU"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu_gate.json"), help="the JSON")
     options = parser.parse_args(arguments)
     options.stages = [name for name in options.only.split(",") if name]
-    unknown = [name for name in options.stages if name not in STAGES]
-    if unknown or not options.stages:
+    if not options.stages or any(name not in STAGES for name in options.stages):
         parser.error(f"--only: expected some of {', '.join(STAGES)}, got {options.only!r}")
     options.budgets = dict(STAGES)
     for text in options.seconds:
@@ -60,7 +48,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name not in STAGES or not seconds.isdigit():
             parser.error(f"--seconds: expected STAGE=N with a stage of {', '.join(STAGES)}, got {text!r}")
         options.budgets[name] = int(seconds)
-    options.out = (options.out or Path("out/gpu_gate.json")).resolve()
+    options.out = options.out.resolve()
     return options
 
 
@@ -69,27 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     missing = missing_packages()
     if missing:
-        sys.exit(
-            "gpu_gate: missing packages: "
-            + "; ".join(f"{name} ({why})" for name, why in missing.items())
-            + f". Fix: pip install {' '.join(missing)}, or name another interpreter with PYTHON="
-        )
+        wanted = "; ".join(f"{name} ({why})" for name, why in missing.items())
+        fix = f"Fix: pip install {' '.join(missing)}, or name another interpreter with PYTHON="
+        sys.exit(f"gpu_gate: missing packages: {wanted}. {fix}")
     found = facts()
     if not options.dry_run and not found["gpus"]:
         sys.exit("gpu_gate: nvidia-smi finds no GPU here. Use --dry-run to check everything but the GPU")
-    results = Results.new(options.out, dry_run=options.dry_run, machine=found)
-    say(
-        f"gpu_gate{' (dry run)' if options.dry_run else ''}: {', '.join(options.stages)} ->"
-        f" {options.out.name}"
-    )
+    Results.new(options.out, dry_run=options.dry_run, machine=found)
+    dry = " (dry run)" if options.dry_run else ""
+    say(f"gpu_gate{dry}: {', '.join(options.stages)} -> {options.out.name}")
     for name, why in found["absent"].items():
         say(f"  absent: {name} ({why})")
     for name in options.stages:
         run_stage(name, options.budgets[name], options.dry_run, options.out)
-    content = Results(options.out).content["stages"]
-    failed = [name for name in options.stages if content[name]["status"] != "done"]
-    say("gpu_gate: " + ", ".join(f"{name} {content[name]['status']}" for name in options.stages))
-    return 1 if failed else 0
+    stages = Results(options.out).content["stages"]
+    say("gpu_gate: " + ", ".join(f"{name} {stages[name]['status']}" for name in options.stages))
+    return int(any(stages[name]["status"] != "done" for name in options.stages))
 
 
 def run_stage(name: str, seconds: int, dry_run: bool, out: Path) -> None:
@@ -97,37 +80,19 @@ def run_stage(name: str, seconds: int, dry_run: bool, out: Path) -> None:
     say(f"== {name} ({seconds} s at most)")
     Results(out).put(name, status="running", begun=now(), budget_s=seconds)
     begun = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        f"benchmarks.gate.{name}",
-        "--out",
-        str(out),
-        "--seconds",
-        str(seconds),
-        *(["--dry-run"] if dry_run else []),
-    ]
+    command = [sys.executable, "-m", f"benchmarks.gate.{name}", "--out", str(out), "--seconds", str(seconds)]
+    command += ["--dry-run"] if dry_run else []
     code = stopped_after(command, None if dry_run else seconds + GRACE)
     results = Results(out)
-    stage = results.stage(name)
-    wall = round(time.monotonic() - begun, 1)
+    results.put(name, wall_s=round(time.monotonic() - begun, 1))
+    kept = "what it had found is here"
     if code is None:
-        results.put(
-            name,
-            status="stopped",
-            reason=f"stopped after {seconds + GRACE} s; what it had found is here",
-            wall_s=wall,
-        )
-    elif stage["status"] == "running":
-        results.put(
-            name,
-            status="failed",
-            reason=f"its process ended with status {code} (negative: a signal); what it had found is here",
-            wall_s=wall,
-        )
-    else:
-        results.put(name, wall_s=wall)
-    say(f"== {name}: {results.stage(name)['status']} after {wall} s. {results.stage(name).get('reason', '')}")
+        results.put(name, status="stopped", reason=f"stopped after {seconds + GRACE} s; {kept}")
+    elif results.stage(name)["status"] == "running":
+        reason = f"its process ended with status {code} (negative: a signal); {kept}"
+        results.put(name, status="failed", reason=reason)
+    stage = results.stage(name)
+    say(f"== {name}: {stage['status']} after {stage['wall_s']} s. {stage.get('reason', '')}")
 
 
 def stopped_after(command: list[str], seconds: int | None) -> int | None:
@@ -142,11 +107,6 @@ def stopped_after(command: list[str], seconds: int | None) -> int | None:
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-
-
-def say(text: str) -> None:
-    """Progress, for whoever waits."""
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gate.stage import Failed
+
 REQUIRED = {
     "torch": "nothing runs without it",
     "numpy": "torch and fastcache need it",
@@ -22,6 +24,13 @@ OPTIONAL = {
     "xdist": "tests in several processes",
     "matplotlib": "the picture of `make report`",
 }
+FIXES = {
+    "cmake": "pip install cmake ninja (or bring their wheels)",
+    "nvcc": "install the CUDA toolkit, or put its bin folder into PATH",
+    "compute-sanitizer": "it comes with the CUDA toolkit",
+    "nvidia-smi": "it comes with the driver",
+}
+VERSIONS = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pybind11", "setuptools")
 
 
 @dataclass(frozen=True)
@@ -35,16 +44,18 @@ class Tool:
 
 def tool(name: str) -> Tool:
     """A program of this environment, else of PATH, else of the CUDA toolkit."""
-    fixes = {
-        "cmake": "pip install cmake ninja (or bring their wheels)",
-        "nvcc": "install the CUDA toolkit, or put its bin folder into PATH",
-        "compute-sanitizer": "it comes with the CUDA toolkit",
-        "nvidia-smi": "it comes with the driver",
-    }
     homes = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [sysconfig.get_path("scripts"), None, *(os.path.join(home, "bin") for home in homes if home)]
     found = next((path for path in (shutil.which(name, path=place) for place in places) if path), "")
-    return Tool(name, found, fixes.get(name, f"install {name}"))
+    return Tool(name, found, FIXES.get(name, f"install {name}"))
+
+
+def needed(name: str, without: str) -> str:
+    """Where a program is. Raises Failed that says what happens without it."""
+    found = tool(name)
+    if not found.path:
+        raise Failed(f"{name} was not found, so {without}. Fix: {found.fix}")
+    return found.path
 
 
 def missing_packages() -> dict[str, str]:
@@ -54,32 +65,23 @@ def missing_packages() -> dict[str, str]:
 
 def compute_capabilities() -> list[str]:
     """As the driver tells them, "90" for 9.0; [] where it finds no GPU."""
-    return sorted(
-        {re.sub(r"\D", "", line) for line in query("compute_cap") if re.fullmatch(r"\d+\.\d", line)}
-    )
+    return sorted({line.replace(".", "") for line in query("compute_cap") if re.fullmatch(r"\d+\.\d", line)})
 
 
 def query(*fields: str) -> list[str]:
     """Lines of `nvidia-smi --query-gpu`, one a GPU; [] where it cannot be asked."""
     smi = tool("nvidia-smi")
-    if not smi.path:
-        return []
+    command = [smi.path, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            [smi.path, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20) if smi.path else None
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return [line.strip() for line in done.stdout.splitlines()] if done and done.returncode == 0 else []
 
 
 def clocks() -> str | None:
     """SM and memory clock, temperature and power of the first GPU, as seen now; they are never set."""
-    lines = query("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    return lines[0] if lines else None
+    return next(iter(query("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")), None)
 
 
 def version(package: str) -> str:
@@ -92,22 +94,14 @@ def version(package: str) -> str:
 
 def facts() -> dict[str, object]:
     """What the results say of the machine; no paths, no names of hosts."""
-    cpu = Path("/proc/cpuinfo")
+    packages, cpu = REQUIRED | OPTIONAL, Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
     return {
         "gpus": query("name", "driver_version", "memory.total"),
         "compute_capabilities": compute_capabilities(),
         "processor": names[0] if names else "",
         "processors": os.cpu_count(),
-        "versions": {
-            name: version(name)
-            for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pybind11", "setuptools")
-        },
-        "tools": {
-            name: bool(tool(name).path)
-            for name in ("nvcc", "cmake", "ninja", "compute-sanitizer", "nvidia-smi")
-        },
-        "absent": {
-            name: why for name, why in (REQUIRED | OPTIONAL).items() if importlib.util.find_spec(name) is None
-        },
+        "versions": {name: version(name) for name in VERSIONS},
+        "tools": {name: bool(tool(name).path) for name in (*FIXES, "ninja")},
+        "absent": {name: why for name, why in packages.items() if importlib.util.find_spec(name) is None},
     }

@@ -1,5 +1,4 @@
-"""`make report`: tables and rooflines of the runs of the gate that are committed, rows that FastCache lost
-included.
+"""`make report`: tables and rooflines of the runs of the gate that are committed, lost rows included.
 
     python -m benchmarks.gate.report [--results benchmarks/results] [--out out/report]
 
@@ -10,50 +9,70 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cases import Form
-from benchmarks.gate.results import FORMAT
-from benchmarks.report import NOISY, bold_below_one, percent, table, times
+from benchmarks.gate.stage import FORMAT, ROOT
 from benchmarks.roofline import draw_roofline
+from benchmarks.tables import (
+    APART,
+    COLUMNS,
+    NOISY,
+    OURS,
+    RATIOS,
+    absences,
+    case_notes,
+    lost,
+    microseconds,
+    notes,
+    section,
+    shown,
+    table,
+)
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-OURS = ("fastcache cuda", "fastcache triton")
-RATIOS = {
-    "vs_naive": "naive",
-    "vs_best_eager": "best eager",
-    "vs_compile": "torch.compile",
-    "vs_autotuned": "torch.compile autotuned",
-}
+RESULTS = ROOT / "benchmarks" / "results"
+LARGE = 60e6  # bytes from which a target holds
 TARGETS = {
     "trunk": 0.87,
     "update": 0.87,
     "update-modulate": 0.82,
     "modulate": 0.82,
-}  # share of the copy bandwidth, from LARGE bytes up
-LARGE = 60e6
-
-
+}  # share of the copy bandwidth
 NOTHING = (
-    "no GPU result is committed yet, so there is nothing to draw: run benchmarks/gpu_gate.sh on a machine"
-    " with a GPU and commit its JSON as benchmarks/results/<device>-<date>.json"
+    "no GPU result is committed yet, so there is nothing to draw: run benchmarks/gpu_gate.sh on a "
+    "machine with a GPU and commit its JSON as benchmarks/results/<device>-<date>.json"
 )
+SUMMARY = (
+    "form",
+    "size",
+    "dtype",
+    "contender",
+    "MB",
+    "us",
+    "GB/s",
+    "of copy",
+    *(f"x {other}" for other in RATIOS),
+)
+CASE = (
+    "size",
+    "dtype",
+    "contender",
+    "MB",
+    "cache",
+    "us",
+    "p10",
+    "p90",
+    "CPU us",
+    "GB/s",
+    "of copy",
+    "of datasheet",
+)
+COST = ("host us", "launches", "extra MB", "error")
+BLOCK = ("work", "size", "K", "contender", "MB", "us", "CPU us", "of copy", "GFLOP/s", "host us", "launches")
 
 
 class BadResults(Exception):
     """A file among the results is none."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A row of the gate, as the roofline draws it."""
-
-    form: str
-    dtype: str
-    provider: str
-    bytes: int
-    gbps: float
 
 
 def runs(folder: Path) -> dict[str, dict]:
@@ -74,347 +93,134 @@ def runs(folder: Path) -> dict[str, dict]:
 
 def page(name: str, content: dict) -> list[str]:
     """Everything about one run, in the order in which a reader asks."""
-    lines = [f"# {name}", "", *head(content)]
-    for section in (targets, summary, losses, every_row, blocks, steps, graphs, absences, checks):
-        lines += section(content)
-    return lines
+    kernels, whole = (content["stages"].get(stage, {}) for stage in ("kernels", "end_to_end"))
+    cases, blocks = kernels.get("cases", []), kernels.get("blocks", [])
+    ours = [row for row in cases if row["contender"] in OURS]
+    bold = f"Bold: FastCache is the slower one. ~: p90 beyond {NOISY} x p10."
+    lines = [f"# {name}", "", *head(content), *targets(ours)]
+    lines += section("Operators: FastCache in every case", SUMMARY, ours, bold) + lost(cases)
+    ways, beyond = compared(whole.get("ways", []))
+    read = kernels.get("bandwidth", {}).get("read_gbps", 0.0)
+    lines += notes(case_notes([*cases, *blocks], read) + beyond)
+    for form in Form:
+        rows = [row for row in cases if row["form"] == form.value]
+        lines += section(f"{form.value}: {form.meaning}", (*CASE, *COST), rows)
+    heading = "Partial blocks, and the choice of tokens for 28 layers"
+    lines += section(heading, (*BLOCK, "x naive", "x torch.compile", "error"), blocks)
+    if ways:
+        heading = f"End to end: {whole['model']}, {whole['num_steps']} steps, {whole['policy']}"
+        lines += section(heading, way_columns(ways), ways)
+    lines += section("The reuse step in a CUDA graph", GRAPH, whole.get("graphs", []))
+    missing = [*kernels.get("absent", []), *kernels.get("blocks_absent", [])]
+    absent = [(one["provider"], one["reason"], one["case"]) for one in missing]
+    for one in whole.get("absent", []):
+        absent.append((one["way"], one["reason"], f"{one.get('pixels', 256)} px, batch {one['batch']}"))
+    return lines + absences(absent) + checks(content)
 
 
 def head(content: dict) -> list[str]:
-    """Where and when."""
+    """Where and when, and what became of every stage."""
     machine, stages = content["machine"], content["stages"]
-    versions = ", ".join(
-        f"{package} {version}" for package, version in machine.get("versions", {}).items() if version
-    )
-    copies = [
-        burst["copy_gbps"]
-        for key in ("bandwidth", "bandwidth_after")
-        if (burst := stages.get("kernels", {}).get(key))
-    ]
-    lines = [
-        (
-            f"{'; '.join(machine.get('gpus', [])) or 'GPU unknown'}. {versions}. Begun"
-            f" {content.get('begun', '?')}."
-        ),
-        "",
-    ]
+    versions = machine.get("versions", {}).items()
+    packages = ", ".join(f"{package} {version}" for package, version in versions if version)
+    gpus = "; ".join(machine.get("gpus", [])) or "GPU unknown"
+    lines = [f"{gpus}. {packages}. Begun {content.get('begun', '?')}.", ""]
+    bursts = [stages.get("kernels", {}).get(key) for key in ("bandwidth", "bandwidth_after")]
+    copies = [burst["copy_gbps"] for burst in bursts if burst]
     if copies:
-        lines += [
-            (
-                f"Copy bandwidth of this run, bytes read plus written: {max(copies):.0f} GB/s"
-                f" ({', '.join(f'{copy:.0f}' for copy in copies)}); datasheet"
-                f" {stages['kernels'].get('datasheet_gbps') or 'unknown'} GB/s."
-            ),
-            "",
-        ]
-    return lines + [
-        *table(
-            ("stage", "status", "seconds", "reason"),
-            [
-                (
-                    stage,
-                    found.get("status"),
-                    found.get("wall_s", "-"),
-                    found.get(
-                        "reason", found.get("skipped", "") if isinstance(found.get("skipped"), str) else ""
-                    ),
-                )
-                for stage, found in stages.items()
-            ],
+        each, vendor = ", ".join(f"{copy:.0f}" for copy in copies), stages["kernels"].get("datasheet_gbps")
+        copied = f"Copy bandwidth of this run, bytes read plus written: {max(copies):.0f} GB/s ({each})"
+        lines += [f"{copied}; datasheet {vendor or 'unknown'} GB/s.", ""]
+    rows = []
+    for stage, found in stages.items():
+        skipped = found.get("skipped", "")
+        reason = found.get("reason", skipped if isinstance(skipped, str) else "")
+        rows.append(
+            {"stage": stage, "status": found.get("status"), "seconds": found.get("wall_s"), "reason": reason}
         )
-    ]
+    return lines + table(("stage", "status", "seconds", "reason"), rows)
 
 
-def rows_of(content: dict) -> list[dict]:
-    """All rows of the microbenchmarks."""
-    return content["stages"].get("kernels", {}).get("cases", [])
-
-
-def targets(content: dict) -> list[str]:
+def targets(ours: Sequence[dict]) -> list[str]:
     """The bandwidth that is to be reached, and whether it is; a missed one is bold."""
-    cells = []
-    for row in rows_of(content):
-        if (
-            row["contender"] in OURS
-            and row["form"] in TARGETS
-            and row["bytes"] >= LARGE
-            and row["dtype"] == "bf16"
-        ):
-            met = row["share_of_copy"] >= TARGETS[row["form"]]
-            cells.append(
-                (
-                    row["form"],
-                    row["size"],
-                    row["contender"],
-                    percent(row["share_of_copy"]),
-                    percent(TARGETS[row["form"]]),
-                    "met" if met else "**missed**",
-                )
-            )
-    return (
-        [
-            "## Targets from 60 MB up",
-            "",
-            *table(("form", "size", "contender", "of copy", "target", ""), cells),
-        ]
-        if cells
-        else []
-    )
-
-
-def summary(content: dict) -> list[str]:
-    """FastCache in every case, and how it compares."""
-    cells = [
-        (row["form"], row["size"], row["dtype"], row["contender"], f"{row['bytes'] / 1e6:.1f}", us(row), f"{row['gbps'] / 1e3:.2f}", percent(row["share_of_copy"]), *(bold_below_one(row[ratio]) for ratio in RATIOS))
-        for row in rows_of(content) if row["contender"] in OURS
-    ]  # fmt: skip
-    return (
-        [
-            "## Operators: FastCache in every case",
-            "",
-            "Bold: FastCache is the slower one. ~: p90 beyond 1.5 x p10.",
-            "",
-            *table(
-                (
-                    "form",
-                    "size",
-                    "dtype",
-                    "contender",
-                    "MB",
-                    "us",
-                    "TB/s",
-                    "of copy",
-                    *(f"x {other}" for other in RATIOS.values()),
-                ),
-                cells,
-            ),
-        ]
-        if cells
-        else []
-    )
-
-
-def losses(content: dict) -> list[str]:
-    """Every comparison that FastCache lost."""
-    ours = [row for row in rows_of(content) if row["contender"] in OURS]
-    compared = [
-        (row[ratio], other, row) for row in ours for ratio, other in RATIOS.items() if row[ratio] is not None
+    large = [
+        row for row in ours if row["form"] in TARGETS and row["bytes"] >= LARGE and row["dtype"] == "bf16"
     ]
-    peers = [
-        (other["timing"]["median_us"] / row["timing"]["median_us"], other["contender"], row)
-        for row in ours
-        for other in rows_of(content)
-        if other["case"] == row["case"] and other["contender"] not in (*OURS, *RATIOS.values())
-    ]
-    lost = sorted((one for one in compared + peers if one[0] < 1), key=lambda one: one[0])
-    lines = [
-        f"- {row['case']}, {row['contender']}: {other} is {1 / ratio:.2f}x faster"
-        for ratio, other, row in lost
-    ]
-    return (
-        [f"## Lost: {len(lost)} of {len(compared) + len(peers)} comparisons", "", *(lines or ["none"]), ""]
-        if ours
-        else []
-    )
+    rows = [row | {"target": f"{TARGETS[row['form']]:.0%}"} for row in large]
+    met = {"": lambda row: "met" if row["share_of_copy"] >= TARGETS[row["form"]] else "**missed**"}
+    names = ("form", "size", "contender", "of copy", "target")
+    columns = {name: COLUMNS.get(name, lambda row, name=name: row[name]) for name in names}
+    return section("Targets from 60 MB up", columns | met, rows)
 
 
-def every_row(content: dict) -> list[str]:
-    """All columns of all contenders, form by form."""
-    headings = (
-        "size",
-        "dtype",
-        "contender",
-        "MB",
-        "cache",
-        "us",
-        "p10",
-        "p90",
-        "TB/s",
-        "of copy",
-        "of datasheet",
-        "host us",
-        "launches",
-        "extra MB",
-        "error",
-    )
-    lines = []
-    for form in Form:
-        cells = [
-            (
-                row["size"], row["dtype"], row["contender"], f"{row['bytes'] / 1e6:.1f}", row["cache"], us(row), f"{row['timing']['p10_us']:.1f}", f"{row['timing']['p90_us']:.1f}", f"{row['gbps'] / 1e3:.2f}",
-                percent(row["share_of_copy"]), percent(row["share_of_datasheet"]), f"{row['host_us']:.1f}", dash(row["launches"]), "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}", f"{row['error']:.0e}",
-            )
-            for row in rows_of(content) if row["form"] == form.value
-        ]  # fmt: skip
-        if cells:
-            lines += [f"## {form.value}: {form.meaning}", "", *table(headings, cells)]
-    return lines
+GRAPH = {
+    "images": lambda row: row["batch"],
+    "us": lambda row: microseconds(row["replay"]),
+    "floor us": lambda row: shown(row["floor_us"], ".1f"),
+    "target us": lambda row: shown(row["target_us"], ".1f"),
+    "": lambda row: "met" if row["replay"]["median_us"] <= row["target_us"] else "**missed**",
+    "launches": lambda row: shown(row["launches"], ".0f"),
+}
 
 
-def blocks(content: dict) -> list[str]:
-    """Partial blocks and choices of tokens."""
-    rows = content["stages"].get("kernels", {}).get("blocks", [])
-    headings = (
-        "work",
-        "size",
-        "K",
-        "contender",
-        "MB",
-        "us",
-        "of copy",
-        "TFLOP/s",
-        "host us",
-        "launches",
-        "x naive",
-        "x compile",
-        "error",
-    )
-    cells = [
-        (
-            row["work"], row["size"], row["rows"], row["contender"], f"{row['bytes'] / 1e6:.1f}", us(row), percent(row["share_of_copy"]), f"{1e-6 * row['flops'] / row['timing']['median_us']:.0f}" if row["flops"] else "-",
-            f"{row['host_us']:.1f}", dash(row["launches"]), *((bold_below_one if row["contender"].startswith("fastcache") else times)(row[ratio]) for ratio in ("vs_naive", "vs_compile")), f"{row['error']:.0e}",
-        )
-        for row in rows
-    ]  # fmt: skip
-    return (
-        ["## Partial blocks, and the choice of tokens for 28 layers", "", *table(headings, cells)]
-        if rows
-        else []
-    )
-
-
-def steps(content: dict) -> list[str]:
-    """Generations and steps, end to end."""
-    found = content["stages"].get("end_to_end", {})
-    rows = found.get("ways", [])
-    if not rows:
-        return []
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row["steps"]))
+def compared(ways: Sequence[dict]) -> tuple[list[dict], list[str]]:
+    """(generations with their speedups over the uncached one of their size, notes about those beyond
+    ideal)."""
     size = lambda row: (row.get("pixels", 256), row["batch"])
-    uncached = {size(row): row["generation"]["median_us"] for row in rows if row["way"] == "uncached"}
-    cells = []
-    for row in rows:
-        measured = uncached[size(row)] / row["generation"]["median_us"] if size(row) in uncached else None
-        ideal = row.get("ideal")
-        cells.append((
-            *size(row), row["way"], f"{row['generation']['median_us'] / 1e3:.0f}", times(measured), times(ideal), times(None if measured is None or ideal is None else measured / ideal),
-            *(cell for kind in kinds for cell in ((f"{row['steps'][kind]['median_us'] / 1e3:.2f}", dash(row["launches"].get(kind))) if kind in row["steps"] else ("-", "-"))),
-            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}", "-" if row["error"] is None else f"{row['error']:.0e}",
-        ))  # fmt: skip
-    headings = (
-        "pixels",
-        "images",
-        "way",
-        "generation ms",
-        "x uncached",
-        "ideal x",
-        "measured / ideal",
-        *(heading for kind in kinds for heading in (f"{kind} step ms", "launches")),
-        "peak GB",
-        "error",
-    )
-    return [
-        f"## End to end: {found['model']}, {found['num_steps']} steps, {found['policy']}",
-        "",
-        *table(headings, cells),
-    ]
+    uncached = {size(row): row["generation"]["median_us"] for row in ways if row["way"] == "uncached"}
+    rows, lines = [], []
+    for row in ways:
+        base, ideal = uncached.get(size(row)), row.get("ideal")
+        speedup = None if base is None else base / row["generation"]["median_us"]
+        quotient = speedup / ideal if speedup and ideal else None
+        pixels, images = size(row)
+        rows.append(row | {"pixels": pixels, "images": images, "speedup": speedup, "quotient": quotient})
+        if quotient and quotient > APART:
+            cheap = ", ".join(
+                f"a {kind} step {time['median_us'] / 1e3:.2f} ms" for kind, time in row["steps"].items()
+            )
+            lines.append(f"- {pixels} px, {images} images, {row['way']}: {quotient:.2f} of ideal: {cheap}")
+    return rows, lines
 
 
-def graphs(content: dict) -> list[str]:
-    """The reuse step alone, against the floor of its trunk."""
-    rows = content["stages"].get("end_to_end", {}).get("graphs", [])
-    cells = [
-        (
-            row["batch"],
-            f"{row['replay']['median_us']:.1f}",
-            f"{row['floor_us']:.1f}",
-            f"{row['target_us']:.1f}",
-            "met" if row["replay"]["median_us"] <= row["target_us"] else "**missed**",
-            dash(row["launches"]),
-        )
-        for row in rows
-    ]
-    return (
-        [
-            "## The reuse step in a CUDA graph",
-            "",
-            *table(("images", "us", "floor us", "target us", "", "launches"), cells),
-        ]
-        if cells
-        else []
-    )
-
-
-def absences(content: dict) -> list[str]:
-    """What was not measured, and why."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    kernels = content["stages"].get("kernels", {})
-    for one in (*kernels.get("absent", []), *kernels.get("blocks_absent", [])):
-        by_reason.setdefault((one["provider"] or "all contenders", one["reason"]), []).append(one["case"])
-    for one in content["stages"].get("end_to_end", {}).get("absent", []):
-        by_reason.setdefault((one["way"], one["reason"]), []).append(
-            f"{one.get('pixels', 256)} px, batch {one['batch']}"
-        )
-    return (
-        [
-            "## Not measured",
-            "",
-            *(f"- {who}: {reason}: {', '.join(what)}" for (who, reason), what in by_reason.items()),
-            "",
-        ]
-        if by_reason
-        else []
-    )
+def way_columns(ways: Sequence[dict]) -> dict:
+    """Columns of a generation, and of its steps by kind."""
+    columns = {name: lambda row, name=name: row[name] for name in ("pixels", "images", "way")}
+    columns["generation ms"] = lambda row: microseconds(row["generation"], ".0f", 1e-3)
+    columns["x uncached"] = COLUMNS["measured x"]
+    columns |= {name: COLUMNS[name] for name in ("ideal x", "measured / ideal")}
+    for kind in dict.fromkeys(kind for row in ways for kind in row["steps"]):
+        columns[f"{kind} step ms"] = lambda row, kind=kind: microseconds(row["steps"].get(kind), ".2f", 1e-3)
+        columns[f"{kind} step launches"] = lambda row, kind=kind: shown(row["launches"].get(kind), ".0f")
+    columns["peak GB"] = lambda row: shown(row["peak_bytes"], ".2f", 1e-9)
+    return columns | {"error": COLUMNS["error"]}
 
 
 def checks(content: dict) -> list[str]:
     """Tests and sanitizers."""
     tests, sanitizer = (content["stages"].get(stage, {}) for stage in ("tests", "sanitizer"))
-    lines = (
-        [f"- tests: {', '.join(f'{count} {outcome}' for outcome, count in tests['counts'].items())}"]
-        if "counts" in tests
-        else []
-    )
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in tests.get("counts", {}).items())
+    lines = [f"- tests: {counts}"] if counts else []
     lines += [f"- failed: {one['test']}: {one['error']}" for one in tests.get("failures", [])]
     lines += [f"- {name}: {verdict}" for name, verdict in sanitizer.get("verdicts", {}).items()]
     return ["## Checks", "", *lines, ""] if lines else []
 
 
-def us(row: dict) -> str:
-    """The median, marked if it is noisy."""
-    timing = row["timing"]
-    return f"{timing['median_us']:.1f}{'~' if timing['p90_us'] > NOISY * timing['p10_us'] else ''}"
-
-
-def dash(value: object) -> object:
-    """The value, or a dash."""
-    return "-" if value is None else value
-
-
 def draw(name: str, content: dict, path: Path) -> bool:
     """The roofline of a run; False if it has no microbenchmarks."""
-    rows = [
-        Point(row["form"], row["dtype"], row["contender"], row["bytes"], row["gbps"])
-        for row in rows_of(content)
-    ]
-    bandwidth = content["stages"].get("kernels", {}).get("bandwidth")
-    if not rows or not bandwidth:
+    kernels = content["stages"].get("kernels", {})
+    burst, rows = kernels.get("bandwidth"), kernels.get("cases")
+    if not rows or not burst:
         return False
-    draw_roofline(
-        rows,
-        bandwidth["copy_gbps"],
-        bandwidth["read_gbps"],
-        f"{'; '.join(content['machine'].get('gpus', [])) or name}, {content.get('begun', '')[:10]}",
-        path,
-    )
+    subtitle = f"{'; '.join(content['machine'].get('gpus', [])) or name}, {content.get('begun', '')[:10]}"
+    draw_roofline(rows, burst["copy_gbps"], burst["read_gbps"], subtitle, path)
     return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gate.report", description="Draw what benchmarks/gpu_gate.sh measured."
-    )
+    text = "Draw what benchmarks/gpu_gate.sh measured."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate.report", description=text)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=Path("out/report"))
     options = parser.parse_args(arguments)

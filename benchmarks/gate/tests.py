@@ -2,15 +2,14 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
-from benchmarks.gate.stage import Failed, Stage, run
+from benchmarks.gate.stage import ROOT, Failed, Stage, run
 
-ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 6  # compile Triton kernels side by side; the GPU is shared
 EVERY = 10  # tests between two writes of the results
+OPTIONS = ("-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--tb=short")
 
 
 class Progress:
@@ -24,14 +23,12 @@ class Progress:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
+            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             if report.outcome == "failed":
-                self._stage.add(
-                    "failures",
-                    {"test": report.nodeid, "error": str(report.longrepr).strip().splitlines()[-1][:400]},
-                )
+                error = text.strip().splitlines()[-1][:400]
+                self._stage.add("failures", {"test": report.nodeid, "error": error})
             if report.outcome == "skipped":
-                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-                self.reasons[reason] = self.reasons.get(reason, 0) + 1
+                self.reasons[text] = self.reasons.get(text, 0) + 1
         self._seen += 1
         if self._seen % EVERY == 0:
             self.save()
@@ -43,37 +40,20 @@ class Progress:
 
 def tests(stage: Stage) -> None:
     """Run the tests. In a dry run the tests of values are rehearsed on the CPU, and the others skip
-    themselves.
-    """
+    themselves."""
     progress = Progress(stage)
     if stage.dry_run:
         os.environ["FASTCACHE_GPU_TESTS_ON_CPU"] = "1"
-    parallel = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") and not stage.dry_run else []
-    code = pytest.main(
-        [
-            "-m",
-            "gpu",
-            str(ROOT / "tests" / "gpu"),
-            "-q",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            str(ROOT),
-            "--tb=short",
-            *parallel,
-        ],
-        plugins=[progress],
-    )
+    side_by_side = importlib.util.find_spec("xdist") and not stage.dry_run
+    parallel = ["-n", str(PROCESSES)] if side_by_side else []
+    code = int(pytest.main([*OPTIONS, str(ROOT / "tests" / "gpu"), *parallel], plugins=[progress]))
     progress.save()
     counts = progress.counts
-    stage.put(exit_status=int(code))
-    stage.say(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    stage.put(exit_status=code)
+    stage.say(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     if code != 0 or counts["failed"]:
-        raise Failed(f"{counts['failed']} tests failed (pytest ended with status {int(code)})")
-    if stage.dry_run and not sum(counts.values()):
-        raise Failed("no test was collected by `-m gpu`")
-    if not stage.dry_run and not counts["passed"]:
+        raise Failed(f"{counts['failed']} tests failed (pytest ended with status {code})")
+    if not sum(counts.values()) if stage.dry_run else not counts["passed"]:
         raise Failed(f"no test ran: {progress.reasons}")
 
 

@@ -122,7 +122,7 @@ def residual_update_scatter_(
 
     slot [B, N, D] (and slot_scale [B, N] if it is float8) are written in place:
     slot[b, n] = fresh[b, fresh_slots[b, n]] where fresh_slots[b, n] >= 0, all rows without a map.
-    Source of the method: ToCa, token-wise refresh (spec section 2.2, step 5).
+    Source of the method: ToCa, token-wise refresh (docs/methods/toca.md, "A partial step").
     """
     checks.residual_update_scatter(
         x,

@@ -26,7 +26,9 @@ def select_tokens_(
     cell: int = 0,
     bonus: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The counts[r] best tokens of every row by score, age and spatial bonus (spec section 2.3).
+    """The counts[r] best tokens of every row by score, age and spatial bonus.
+
+    Method: docs/methods/toca.md, "Which tokens".
 
     Writes age [R, N]; returns (slots [R, N], index [R, capacity]), fresh int32 tensors. Only the set
     matters to a refresh, so chosen tokens are in ascending order.
@@ -108,7 +110,9 @@ def attention_received(q: Tensor, k: Tensor, lse: Tensor | None = None, scale: f
 
 
 def relative_error(newest: Sequence[Tensor], earlier: Sequence[Tensor]) -> Tensor:
-    """[K, L]: sum|earlier - newest| / sum|newest| over whole tensors (SmoothCache, spec section 4.1)."""
+    """[K, L]: sum|earlier - newest| / sum|newest| over whole tensors (SmoothCache,
+    docs/methods/smoothcache.md, "Calibration").
+    """
     checks.relative_error(newest, earlier)
     L = len(newest)
     wide = [_widened(feature) for feature in newest]

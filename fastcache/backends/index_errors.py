@@ -8,6 +8,8 @@ Session reads the bits when it closes; whoever calls the operators directly asks
 
 import ctypes
 import os
+import weakref
+from collections.abc import Iterable
 
 import torch
 
@@ -22,16 +24,77 @@ def take_index_errors(device: torch.device) -> str:
     """Arguments in which kernels on `device` met bad indices since the last call, "" if none.
 
     Waits for the device and clears the flag. While a CUDA graph is captured nothing can be read: "",
-    and the flag keeps its bits. Raises RuntimeError if the device cannot be asked.
+    and the flag keeps its bits. What was met before a session was entered is kept for this question,
+    what was met in it is told to the session.
+    Raises RuntimeError if the device cannot be asked.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return ""
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-    bits = _taken_from_cuda(device) | _taken_from_flag(device)
+    found = _OUTSIDE.take(device)
+    return "" if found is None else named(found)
+
+
+class IndexWatch:
+    """The bad indices that kernels met between `open` and `close`, on any of the devices that were named.
+
+    A device has one flag, whoever launched the kernel. So whoever reads it tells everybody who was
+    watching: of two sessions that overlap on a device both learn of an error, and none takes it from
+    the other.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[torch.device, int] = {}
+
+    def open(self, devices: Iterable[torch.device]) -> None:
+        """Begin to watch: what is on the flags already belongs to those who watched before."""
+        for device in map(_whole, devices):
+            self.watch(device)
+        _WATCHING.add(self)
+
+    def watch(self, device: torch.device) -> None:
+        """Watch one more device. Waits for it, the first time."""
+        if device not in self._found:
+            _OUTSIDE.read(device)
+            self._found[device] = 0
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Those that are watched."""
+        return tuple(self._found)
+
+    def take(self, device: torch.device) -> int | None:
+        """Bits of one device since the last time, None if it cannot be read now. Waits for the device."""
+        device = _whole(device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        self.read(device)
+        bits, self._found[device] = self._found.get(device, 0), 0
+        return bits
+
+    def close(self) -> None:
+        """Watch no longer."""
+        _WATCHING.discard(self)
+
+    def read(self, device: torch.device) -> None:
+        """Read and clear the flag of a device, and tell everybody who watches it. Waits for the device."""
+        bits = _taken_from_cuda(device) | _taken_from_flag(device)
+        for watch in {self, *_WATCHING} if bits else ():
+            if watch is self or device in watch.devices:
+                watch._found[device] = watch._found.get(device, 0) | bits
+
+
+_WATCHING: "weakref.WeakSet[IndexWatch]" = weakref.WeakSet()
+_OUTSIDE = IndexWatch()  # for callers of the operators, outside of sessions
+
+
+def named(bits: int) -> str:
+    """The arguments that bits stand for."""
     return " and ".join(name for bit, name in ARGUMENTS.items() if bits & bit)
+
+
+def _whole(device: torch.device) -> torch.device:
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def explained(names: str, device: torch.device) -> str:

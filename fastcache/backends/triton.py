@@ -4,7 +4,6 @@ On a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), for tests. The fe
 travel in a small device table that is kept, so that a repeated step copies nothing.
 """
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcache.backends import checks
+from fastcache.backends.constants import constant_row
 from fastcache.backends.index_flags import error_flag
 from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
 from fastcache.backends.triton_config import RowConfig, SumConfig, row_config, sum_config
@@ -376,17 +376,4 @@ def _launch(
 
 def address_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Device int64 table of (address, batch stride, token stride) per feature."""
-    table = _kept_table(values or (0,), device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        CAPTURED[table.data_ptr()] = table
-    return table
-
-
-CAPTURED: dict[int, Tensor] = {}  # tables that a CUDA graph reads at every replay, kept for good
-
-
-@functools.lru_cache(maxsize=1024)
-def _kept_table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        table = torch.tensor(values, dtype=torch.int64)
-        return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    return constant_row(values or (0,), torch.int64, device)

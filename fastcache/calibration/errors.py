@@ -44,8 +44,9 @@ def calibrate(
     Args:
         model: a model of a known family, as for accelerate.
         run: makes one generation; called with 0, 1, ..., samples - 1, for seeds or prompts.
-        threshold, target_speedup: exactly one. Largest error at which a feature is reused (spec
-            section 4.1), or the ideal speedup that the smallest such threshold must reach.
+        threshold, target_speedup: exactly one. Largest error at which a feature is reused
+            (docs/methods/smoothcache.md, "Calibration"), or the ideal speedup that the smallest such
+            threshold must reach.
         lookahead: most consecutive reuses.
         num_steps: model evaluations per generation.
         samples: generations whose errors are averaged.

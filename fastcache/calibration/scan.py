@@ -1,5 +1,6 @@
-"""SmoothCache's calibration: from errors between steps to a schedule (spec section 4.1). Pure host
-arithmetic.
+"""SmoothCache's calibration: from errors between steps to a schedule. Pure host arithmetic.
+
+Method: docs/methods/smoothcache.md, "Calibration".
 """
 
 import math

@@ -1,5 +1,6 @@
-"""SmoothCache's helper classes by their own names: change the import, nothing else (spec sections 4.1 and
-4.3).
+"""SmoothCache's helper classes by their own names: change the import, nothing else.
+
+Method: docs/methods/smoothcache.md, "Helpers and their lifecycle".
 
     from fastcache.compat.smoothcache import DiffuserCacheHelper
     helper = DiffuserCacheHelper(pipe.transformer, schedule=json.load(open("schedule.json")))

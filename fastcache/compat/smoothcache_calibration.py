@@ -1,4 +1,7 @@
-"""SmoothCache's calibration helpers: error curves of components of any model (spec section 4.1)."""
+"""SmoothCache's calibration helpers: error curves of components of any model.
+
+Method: docs/methods/smoothcache.md, "Calibration".
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

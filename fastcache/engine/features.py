@@ -1,4 +1,8 @@
-"""Stored features: a short history per branch, borrowed from the host or owned by us."""
+"""Stored features: a short history per branch, in buffers of ours at fixed addresses.
+
+Nothing of the host's is kept by reference, so nothing that a host writes can reach a stored feature,
+and bodies may return the same memory at each call. The newest feature takes the buffer of the oldest.
+"""
 
 from collections import deque
 from dataclasses import dataclass
@@ -6,32 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcache.errors import SessionError
+TRUNK = -1  # key of the trunk's output, kept for skipped steps
 
 
 @dataclass(slots=True)
 class Slot:
-    """A stored feature [B, N, D]. `step` is the step that computed it.
-
-    Borrowed: a reference to what the host's module returned; free, and never written by us.
-    Owned: a buffer of ours, which refreshes, graphs and rings may write.
-    """
+    """A stored feature [B, N, D]. `step` is the step that computed it."""
 
     tensor: Tensor
-    owned: bool
     step: int
-    version: int | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the feature."""
-        return self.tensor.numel() * self.tensor.element_size()
 
 
 class FeatureStore:
     """The last `depth` features of every branch, newest first (one store per call of a step).
 
-    dtype: of the buffers that we own, None = that of the feature.
+    dtype: of the buffers, None = that of the feature.
     """
 
     def __init__(self, depth: int = 1, dtype: torch.dtype | None = None) -> None:
@@ -44,60 +37,45 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def borrow(self, branch: int, feature: Tensor, step: int) -> Slot:
-        """Keep a reference to `feature` as the newest feature of `branch`."""
-        return self._push(branch, Slot(feature, False, step, _version(feature)))
-
-    def buffer(self, branch: int, like: Tensor, step: int) -> Slot:
-        """An owned buffer that becomes the newest feature of `branch`; the caller writes all of it.
+    def buffer(self, branch: int, like: Tensor, step: int) -> Tensor:
+        """A buffer that becomes the newest feature of `branch`; the caller writes all of it.
 
         The oldest feature's buffer is taken where the history is full and the shape is that of `like`.
+        Features of another shape, dtype or device, and those of `step` or later ones (a sampler went
+        back), are forgotten.
         """
-        history = self._slots.get(branch, ())
+        history = self._slots.setdefault(branch, deque())
         dtype = self._dtype or like.dtype
-        if len(history) == self._depth and history[-1].owned and _alike(history[-1].tensor, like, dtype):
-            return self._push(branch, Slot(history[-1].tensor, True, step, None))
-        return self._push(
-            branch,
-            Slot(
-                torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format), True, step, None
-            ),
-        )
+        if history and not _alike(history[0].tensor, like, dtype):
+            history.clear()
+        freed = None
+        while history and (history[0].step >= step or len(history) == self._depth):
+            slot = history.popleft() if history[0].step >= step else history.pop()
+            freed = slot.tensor
+        if freed is None:
+            freed = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        history.appendleft(Slot(freed, step))
+        return freed
 
-    def own(self, branch: int) -> Slot:
-        """The newest feature of `branch`, in a buffer that may be written.
+    def keep(self, branch: int, feature: Tensor, step: int) -> None:
+        """Copy a feature into a buffer, as the newest of `branch`."""
+        self.buffer(branch, feature, step).copy_(feature)
 
-        A borrowed tensor may be held elsewhere: it is copied, once.
+    def usable(self, branch: int, x: Tensor, before: int | None = None) -> bool:
+        """True if a feature is stored, and all that are belong to a stream of x's shape.
+
+        before: and if the newest was computed at an earlier step than this one.
         """
-        slot = self._slots[branch][0]
-        if not slot.owned:
-            kept = self.feature(branch)
-            slot = Slot(
-                torch.empty_like(kept, memory_format=torch.contiguous_format).copy_(kept),
-                True,
-                slot.step,
-                None,
-            )
-            self._slots[branch][0] = slot
-        return slot
-
-    def usable(self, branch: int, x: Tensor) -> bool:
-        """True if a feature is stored, and all that are belong to a stream of x's shape and device."""
         history = self._slots.get(branch)
-        return bool(history) and all(
-            slot.tensor.shape == x.shape and slot.tensor.device == x.device for slot in history
-        )
+        if not history or any(slot.tensor.shape != x.shape for slot in history):
+            return False
+        return before is None or history[0].step < before
 
-    def feature(self, branch: int, back: int = 0) -> Tensor:
-        """A stored feature, 0 = the newest. Raises SessionError if a borrowed one was written by someone
-        else.
-        """
+    def feature(self, branch: int, back: int = 0, device: torch.device | None = None) -> Tensor:
+        """A stored feature, 0 = the newest; moved to `device` if the model's block has moved there."""
         slot = self._slots[branch][back]
-        if slot.version is not None and slot.tensor._version != slot.version:
-            raise SessionError(
-                f"the stored feature of branch {branch} was modified in place after the host's module"
-                " returned it; return a copy from that module, or call session.reset() before the next step"
-            )
+        if device is not None and slot.tensor.device != device:
+            slot.tensor = slot.tensor.to(device)
         return slot.tensor
 
     def steps(self, branch: int) -> list[int]:
@@ -106,7 +84,7 @@ class FeatureStore:
 
     def history(self, branch: int) -> list[Tensor]:
         """The stored features of `branch`, newest first."""
-        return [self.feature(branch, back) for back in range(len(self._slots.get(branch, ())))]
+        return [slot.tensor for slot in self._slots.get(branch, ())]
 
     def age(self, branch: int, step: int) -> int:
         """Steps since the newest feature of `branch` was computed."""
@@ -114,26 +92,16 @@ class FeatureStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, shared storages counted once."""
-        tensors = [slot.tensor.untyped_storage() for history in self._slots.values() for slot in history]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in tensors}.values())
+        """Bytes held."""
+        return sum(
+            slot.tensor.numel() * slot.tensor.element_size()
+            for history in self._slots.values()
+            for slot in history
+        )
 
     def clear(self) -> None:
-        """Forget every feature and free what we own."""
+        """Forget and free every feature."""
         self._slots.clear()
-
-    def _push(self, branch: int, slot: Slot) -> Slot:
-        history = self._slots.setdefault(branch, deque())
-        if history and not _alike(history[0].tensor, slot.tensor, slot.tensor.dtype):
-            history.clear()  # of another batch, resolution or dtype
-        history.appendleft(slot)
-        while len(history) > self._depth:
-            history.pop()
-        return slot
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

@@ -1,17 +1,20 @@
-"""What a session measured: time, operators and bytes by step kind."""
+"""What a session measured: time, operators and bytes by step kind. Two generations are kept, no more."""
 
 import statistics
 import time
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+KEPT = 2  # generations whose times are kept
+
 
 @dataclass(frozen=True)
 class StepKindSummary:
-    """count: steps of this kind; median_ms of one; ops: operators dispatched by one, views excluded (None:
-    not counted).
+    """count: calls of this kind so far; median_ms of one, in the last generations; ops: operators dispatched
+    by one, views excluded (None: not counted).
     """
 
     count: int
@@ -21,11 +24,13 @@ class StepKindSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a session did. Times are of the model's forward alone.
+    """What a session did. Times are of the model's forward alone, in the last two generations.
 
     measured_speedup: median full step x steps / total time, both of this session; ideal_speedup:
-    uncached FLOPs / planned FLOPs. bytes_held: most bytes of stored features at any time.
-    recomputed: steps that were computed in full because stored features did not fit.
+    uncached FLOPs / planned FLOPs. timed: model calls in total_ms. bytes_held: most bytes of stored
+    features at any time. recomputed: steps that were computed in full because stored features did not
+    fit. restarted: generations that were given up (t went back to its start). unproven:
+    structures of blocks whose gates were zero, so that nothing could be proven of them.
     """
 
     policy: str
@@ -37,13 +42,15 @@ class Summary:
     table_bytes: int
     ideal_speedup: float
     recomputed: int
+    timed: int = 0
+    restarted: int = 0
+    unproven: int = 0
 
     @property
     def measured_speedup(self) -> float | None:
         """None if no full step was timed."""
         full = self.steps.get("full")
-        count = sum(kind.count for kind in self.steps.values())
-        return full.median_ms * count / self.total_ms if full and self.total_ms else None
+        return full.median_ms * self.timed / self.total_ms if full and self.total_ms else None
 
     @property
     def quotient(self) -> float | None:
@@ -52,11 +59,11 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.policy}: {self.generations} generation(s), {self.total_ms / 1e3:.2f} s in the model,"
-            f" backend {self.backend}"
+            f"{self.policy}: {self.generations} generation(s), {self.total_ms / 1e3:.2f} s in the model in"
+            f" {self.timed} timed calls, backend {self.backend}"
         ]
         lines += [
-            f"  {kind:<8} {row.count:>5} steps  {row.median_ms:>9.2f} ms "
+            f"  {kind:<8} {row.count:>5} calls  {row.median_ms:>9.2f} ms "
             f" {'-' if row.ops is None else row.ops:>6} ops"
             for kind, row in self.steps.items()
         ]
@@ -78,67 +85,93 @@ class Summary:
                 f"  note     {self.recomputed} step(s) recomputed because no stored feature fitted (first"
                 " use, or the shape changed)"
             )
+        if self.restarted:
+            lines.append(f"  note     {self.restarted} generation(s) given up, t went back to its start")
+        if self.unproven:
+            lines.append(f"  note     {self.unproven} kind(s) of block unproven: their gates are zero")
         return "\n".join(lines)
 
 
 @dataclass
+class Generation:
+    """Spans of the calls of one generation, by step kind; those slowed by counting apart."""
+
+    times: dict[str, list] = field(default_factory=dict)
+    counted: dict[str, list] = field(default_factory=dict)
+
+
 class Recorder:
     """Collects step times without synchronising: events on a GPU, the clock on a CPU."""
 
-    times: dict[str, list] = field(default_factory=dict)
-    ops: dict[str, int] = field(default_factory=dict)
-    counted_times: dict[str, list] = field(default_factory=dict)  # slowed by counting
-    bytes_held: int = 0
-    table_bytes: int = 0
-    recomputed: int = 0
-    generations: int = 0
-    counted_refreshing: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self._kept: deque[Generation] = deque([Generation()], maxlen=KEPT)
+        self._counts: Counter[str] = Counter()
+        self._ops: dict[str, int] = {}
+        self._counted_refreshing: set[str] = set()
+        self.bytes_held = 0
+        self.table_bytes = 0
+        self.recomputed = 0
+
+    def begin(self) -> None:
+        """A generation begins: of those before, the last one is kept."""
+        if self._kept[-1].times or self._kept[-1].counted:
+            self._kept.append(Generation())
 
     def is_new(self, kind: str, refreshes: bool) -> bool:
         """True if operators of this kind are to be counted now: at its first step, and again at the first
         that recomputes tokens.
         """
-        if refreshes and kind not in self.counted_refreshing:
-            self.counted_refreshing.add(kind)
+        if refreshes and kind not in self._counted_refreshing:
+            self._counted_refreshing.add(kind)
             return True
-        return kind not in self.ops
+        return kind not in self._ops
 
     def start(self, device: torch.device) -> object:
-        """A mark in time on the device."""
-        if device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-        return time.perf_counter()
+        """A mark in time on the device; None while a CUDA graph is captured, where there is none."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def stop(self, kind: str, begun: object, device: torch.device, counted: int | None) -> None:
         """Store the time since `begun` under a step kind, with the operators if they were counted."""
-        span = (begun, self.start(device))
-        if counted is None:
-            self.times.setdefault(kind, []).append(span)
-        else:
-            self.ops[kind] = counted
-            self.counted_times.setdefault(kind, []).append(span)
+        self._counts[kind] += 1
+        if counted is not None:
+            self._ops[kind] = counted
+        ended = None if begun is None else self.start(device)
+        if ended is not None:
+            generation = self._kept[-1]
+            spans = generation.times if counted is None else generation.counted
+            spans.setdefault(kind, []).append((begun, ended))
 
-    def summary(self, policy: str, backend: str, ideal_speedup: float) -> Summary:
+    def summary(
+        self, policy: str, backend: str, ideal_speedup: float, generations: int, restarted: int, unproven: int
+    ) -> Summary:
         """Read the clocks (synchronises a GPU) and sum up."""
-        steps, total = {}, 0.0
-        for kind in dict.fromkeys((*self.counted_times, *self.times)):
-            spans = [_milliseconds(span) for span in self.times.get(kind, [])]
-            slowed = [_milliseconds(span) for span in self.counted_times.get(kind, [])]
-            median = statistics.median(spans or slowed)
-            steps[kind] = StepKindSummary(len(spans) + len(slowed), median, self.ops.get(kind))
+        steps, total, timed = {}, 0.0, 0
+        for kind, count in self._counts.items():
+            spans = [_milliseconds(span) for kept in self._kept for span in kept.times.get(kind, [])]
+            slowed = [_milliseconds(span) for kept in self._kept for span in kept.counted.get(kind, [])]
+            median = statistics.median(spans or slowed) if spans or slowed else float("nan")
+            steps[kind] = StepKindSummary(count, median, self._ops.get(kind))
             total += sum(spans) + (median * len(slowed) if spans else sum(slowed))
+            timed += len(spans) + len(slowed)
         return Summary(
             policy,
             backend,
             steps,
             total,
-            self.generations,
+            generations,
             self.bytes_held,
             self.table_bytes,
             ideal_speedup,
             self.recomputed,
+            timed,
+            restarted,
+            unproven,
         )
 
 

@@ -5,6 +5,8 @@ from torch import nn
 from fastcache.errors import HostError
 from fastcache.hosts.base import GateProjection, Host, HostBranch, unknown_model
 from fastcache.hosts.dit import DiTHost
+from fastcache.hosts.norms import FusedNorm, fused_norm
+from fastcache.hosts.proof import Proof
 
 HOSTS: tuple[type[Host], ...] = (DiTHost,)
 
@@ -23,4 +25,4 @@ def recognise(model: nn.Module) -> Host:
     raise unknown_model(model, reasons)
 
 
-__all__ = ["HOSTS", "GateProjection", "Host", "HostBranch", "recognise"]
+__all__ = ["HOSTS", "FusedNorm", "GateProjection", "Host", "HostBranch", "Proof", "fused_norm", "recognise"]

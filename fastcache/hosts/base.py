@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastcache.errors import HostError
-from fastcache.ops import Norm
 from fastcache.plan.layout import Layout
 
 
@@ -16,21 +16,29 @@ from fastcache.plan.layout import Layout
 class HostBranch:
     """x <- x + gate * body(norm(x) * (1 + scale) + shift), as one block of the host has it.
 
-    body: the host's own submodule, [B, N, D] -> [B, N, D]. shift, scale, gate: rows of the
-    block's modulation [B, V, D], None where the host has none. attention: the body is the block's
-    self-attention, from which tokens get their scores.
+    name, norm_name: the block's attributes that hold the body, [B, N, D] -> [B, N, D], and its norm.
+    The modules are looked up when they are used, so those of now run, with weights of now. shift,
+    scale, gate: rows of the block's modulation [B, V, D], None where the host has none. attention: the
+    body is the block's self-attention, from which tokens get their scores.
     """
 
+    block: nn.Module
     name: str
-    body: nn.Module
+    norm_name: str
     shift: int | None
     scale: int | None
     gate: int | None
-    norm: Norm = Norm.LAYER
-    eps: float = 1e-6
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
     attention: bool = False
+
+    @property
+    def body(self) -> nn.Module:
+        """The host's submodule that computes the feature."""
+        return getattr(self.block, self.name)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The host's submodule that normalises the stream before it is modulated."""
+        return getattr(self.block, self.norm_name)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,10 @@ class Host(abc.ABC):
         """(x [B, N, D], condition) from the arguments of a block's forward."""
 
     @abc.abstractmethod
+    def sample(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The latents x [B, ...] from the arguments of the model's forward."""
+
+    @abc.abstractmethod
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """t from the arguments of the model's forward."""
 
@@ -92,6 +104,10 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
         """Gate [B, D] of every branch, computed alone where that is safe. `memo` lives one step."""
+
+    def modulators(self) -> list[nn.Module]:
+        """The modules whose weights announced modulations depend on."""
+        return []
 
     def gate_projection(self, block: nn.Module) -> GateProjection | None:
         """How the vectors of a block are made, None if by anything but a plain projection."""
@@ -112,17 +128,22 @@ def linear_flops(module: nn.Module) -> int:
     )
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True if a module is exactly of `kind`, with plain weights and nothing hooked to its call."""
-    hooked = any(
-        getattr(module, hooks)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    fields = module.__dict__
+    return (
+        type(module) is kind
+        and "forward" not in fields
+        and not any(fields.get(hooks) for hooks in HOOKS)
+        and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+        and all(
+            type(parameter) in (nn.Parameter, Tensor, type(None))
+            for parameter in fields["_parameters"].values()
+        )
     )
-    own_forward = "forward" in module.__dict__
-    plain_weights = all(
-        type(parameter) in (nn.Parameter, Tensor) for parameter in module.parameters(recurse=False)
-    )
-    return type(module) is kind and not hooked and not own_forward and plain_weights
 
 
 def unknown_model(model: nn.Module, reasons: dict[str, list[str]]) -> HostError:

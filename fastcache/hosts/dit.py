@@ -1,10 +1,14 @@
-"""The DiT family: blocks of gated self-attention and gated MLP with adaLN-Zero (spec section 0).
+"""The DiT family: blocks of gated self-attention and gated MLP with adaLN-Zero.
+
+Method: docs/methods/README.md, "The host".
 
 Recognises the original's structure whoever wrote the class: `blocks[i]` with `norm1`, `attn`,
 `norm2`, `mlp` and `adaLN_modulation`, whose output holds shift, scale and gate of the attention
 and then of the MLP.
 """
 
+import inspect
+from functools import cached_property
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,7 +16,6 @@ from torch import Tensor, nn
 
 from fastcache.errors import HostError, SessionError
 from fastcache.hosts.base import GateProjection, Host, HostBranch, is_plain, linear_flops
-from fastcache.ops import Norm
 from fastcache.plan.layout import Branch, Layout
 
 BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
@@ -49,20 +52,9 @@ class DiTHost(Host):
         return list(self.model.blocks)
 
     def branches(self, block: nn.Module) -> tuple[HostBranch, ...]:
-        return tuple(
-            HostBranch(
-                name,
-                getattr(block, name),
-                first,
-                first + 1,
-                first + 2,
-                Norm.LAYER,
-                norm.eps,
-                norm.weight,
-                norm.bias,
-                attention=name == "attn",
-            )
-            for name, norm, first in (("attn", block.norm1, 0), ("mlp", block.norm2, 3))
+        return (
+            HostBranch(block, "attn", "norm1", 0, 1, 2, attention=True),
+            HostBranch(block, "mlp", "norm2", 3, 4, 5),
         )
 
     def layout(self, tokens: int | None = None) -> Layout:
@@ -105,17 +97,55 @@ class DiTHost(Host):
 
     def block_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if len(args) == 2 and not kwargs:
-            return args
-        named = {**dict(zip(("x", "c"), args, strict=False)), **kwargs}
-        if set(named) != {"x", "c"}:
+            x, c = args
+        else:
+            named = {**dict(zip(("x", "c"), args, strict=False)), **kwargs}
+            if len(args) > 2 or set(named) != {"x", "c"}:
+                raise HostError(
+                    f"DiT block: expected forward(x, c), got {len(args)} positional arguments and"
+                    f" {sorted(kwargs)}"
+                )
+            x, c = named["x"], named["c"]
+        if not isinstance(x, Tensor) or not isinstance(c, Tensor) or x.ndim != 3 or c.ndim != 2:
+            shapes = [
+                list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in (x, c)
+            ]
             raise HostError(
-                f"DiT block: expected forward(x, c), got {len(args)} positional arguments and"
-                f" {sorted(kwargs)}"
+                f"DiT block: expected x [B, N, D] and a condition [B, C], got {shapes[0]} and {shapes[1]}"
             )
-        return named["x"], named["c"]
+        return x, c
+
+    def sample(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return self._argument(args, kwargs, ("x", "sample", "hidden_states", "latents"), 0)
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return kwargs["t"] if "t" in kwargs else args[1]
+        return self._argument(args, kwargs, ("t", "timestep", "timesteps", "time"), 1)
+
+    def _argument(self, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...], position: int) -> Tensor:
+        """An argument of the model's forward by its usual names, else by the family's position."""
+        for name in names:
+            if name in kwargs:
+                return kwargs[name]
+        place = next((place for name, place in self._positions.items() if name in names), position)
+        if place >= len(args):
+            raise HostError(
+                f"{type(self.model).__name__}.forward: expected {names[0]} as argument {position + 1} or by"
+                f" name (one of {', '.join(names)}), got {len(args)} positional arguments and"
+                f" {sorted(kwargs)}"
+            )
+        return args[place]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        """Places of the forward's arguments by name, as its class declares them."""
+        parameters = list(inspect.signature(type(self.model).forward).parameters)
+        return {name: place for place, name in enumerate(parameters[1:])}
+
+    def modulators(self) -> list[nn.Module]:
+        embedders = [getattr(self.model, name, None) for name in ("t_embedder", "y_embedder")]
+        return [block.adaLN_modulation for block in self.blocks] + [
+            module for module in embedders if isinstance(module, nn.Module)
+        ]
 
     def modulation(self, block: nn.Module, condition: Tensor) -> Tensor:
         return block.adaLN_modulation(condition).unflatten(-1, (self.vectors, -1))

@@ -45,7 +45,7 @@ def select_tokens_(
             gains bonus times its own (aged) score, which lowers a negative one.
 
     NaN scores are chosen first, equal ones by lowest index. Raises ValueError, TypeError or
-    IndexError naming the argument. Source: ToCa (spec section 2.3).
+    IndexError naming the argument. Source: ToCa (docs/methods/toca.md, "Which tokens").
     """
     args = (score, age, counts, capacity, age_weight, normalize, width, cell, bonus)
     return TokenChoice(*_call("select_tokens_", score, (score,), args))
@@ -81,7 +81,8 @@ def relative_error(newest: Sequence[Tensor], earlier: Sequence[Tensor]) -> Tenso
     """sum|earlier - newest| / sum|newest| per layer and look-ahead: [K, L] float32 on the device.
 
     newest: L features [B, N, D]; earlier: K * L of them, earlier[k * L + l] belongs to newest[l].
-    One launch, nothing is read back. Source: SmoothCache's calibration (spec section 4.1).
+    One launch, nothing is read back. Source: SmoothCache's calibration (docs/methods/smoothcache.md,
+    "Calibration").
     """
     newest, earlier = list(newest), list(earlier)
     if not newest:

@@ -1,4 +1,6 @@
-"""TaylorSeer's forecast as weights of the last raw features: host arithmetic only (spec section 6).
+"""TaylorSeer's forecast as weights of the last raw features: host arithmetic only.
+
+Method: docs/methods/taylorseer.md.
 
 The published form keeps differences, D_0 = F and D_{m+1} = (D_m - D_m of the full step before) / gap,
 and forecasts sum_m D_m x^m / m! at x steps after the last full one. That is a linear combination

@@ -1,5 +1,6 @@
-"""SmoothCache's published schedule form, {"attn": [1, 0, ...], "mlp-3": [...]} with 1 = compute (spec section
-4.2).
+"""SmoothCache's published schedule form, {"attn": [1, 0, ...], "mlp-3": [...]} with 1 = compute.
+
+Method: docs/methods/smoothcache.md, "Schedule form".
 
 A key is a branch name, or a name and a block index, which wins; a branch without a key always
 computes. SmoothCache's own reader looks keys up by component name and never lists them, so the

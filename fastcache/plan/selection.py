@@ -36,7 +36,7 @@ class Score(enum.Enum):
 
 @dataclass(frozen=True)
 class Selection:
-    """How the tokens of every REFRESH of a schedule are chosen (spec section 2.3).
+    """How the tokens of every REFRESH of a schedule are chosen (docs/methods/toca.md, "Which tokens").
 
     score + age_weight * age, where age counts the refreshes of the branch that left the token out;
     then, with `cell`, the best token of every cell x cell square of the token grid gains `bonus`

@@ -20,6 +20,10 @@ class Policy(abc.ABC):
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
         """The whole plan of a generation of `num_steps` model evaluations, before its first step."""
 
+    def candidates(self, num_steps: int, layout: Layout) -> tuple[StepPlan, ...]:
+        """What `decide` may return beyond the steps of `schedule`, so that what they need is kept."""
+        return ()
+
     def decide(self, step: int, planned: StepPlan, signals: dict[str, Any]) -> StepPlan:
         """The plan of this step. A static policy does as planned; signals are what was measured."""
         return planned

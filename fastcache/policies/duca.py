@@ -1,5 +1,6 @@
-"""DuCa: between full steps, steps that refresh tokens and steps that skip the trunk take turns (spec section
-3).
+"""DuCa: between full steps, steps that refresh tokens and steps that skip the trunk take turns.
+
+Method: docs/methods/duca.md.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""FORA: recompute every `interval` steps, reuse in between (spec section 1)."""
+"""FORA: recompute every `interval` steps, reuse in between (docs/methods/fora.md)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""How many tokens a partial step refreshes: the fresh-ratio schedules of ToCa and DuCa (spec section 2.4)."""
+"""How many tokens a partial step refreshes: the fresh-ratio schedules of ToCa and DuCa.
+
+Method: docs/methods/toca.md, "How many tokens".
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,5 +1,6 @@
-"""L2C: steps in pairs, and a learned router that says what the second of a pair recomputes (spec section
-5).
+"""L2C: steps in pairs, and a learned router that says what the second of a pair recomputes.
+
+Method: docs/methods/l2c.md.
 """
 
 import pickle

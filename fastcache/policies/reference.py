@@ -1,4 +1,4 @@
-"""The FLOP formula of the ToCa family's code, per module and call (spec section 2.1).
+"""The FLOP formula of the ToCa family's code, per module and call (docs/methods/README.md, "FLOP formulas").
 
 It counts the blocks alone, one FLOP a multiply-add in the adaLN projection and two elsewhere, and
 serves only to compare with published figures; `StepPlan.flops` is the model's own count.

@@ -1,4 +1,4 @@
-"""SmoothCache: a calibrated schedule per branch name, or per branch (spec section 4)."""
+"""SmoothCache: a calibrated schedule per branch name, or per branch (docs/methods/smoothcache.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

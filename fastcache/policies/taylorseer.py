@@ -1,4 +1,7 @@
-"""TaylorSeer: forecast features between full steps from those of the last ones (spec section 6)."""
+"""TaylorSeer: forecast features between full steps from those of the last ones.
+
+Method: docs/methods/taylorseer.md.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""ToCa: between full steps refresh the tokens that matter most, layer by layer (spec section 2)."""
+"""ToCa: between full steps refresh the tokens that matter most, layer by layer (docs/methods/toca.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Which steps of ToCa and DuCa are full, partial or skipped (spec sections 2.1 and 3)."""
+"""Which steps of ToCa and DuCa are full, partial or skipped.
+
+Method: docs/methods/toca.md and duca.md, "Step kinds".
+"""
 
 import abc
 from collections.abc import Mapping

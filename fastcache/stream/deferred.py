@@ -62,12 +62,8 @@ class Deferred(Tensor):
     def materialised(self) -> Tensor:
         """The value [B, N, D], computed at the first call; it aliases no other tensor."""
         if self.value is None:
-            # a refresh that is also pending in the running stream must not be written twice
-            terms = tuple(
-                term if term.fresh is None else dataclasses.replace(term, feature=term.feature.clone())
-                for term in self._terms
-            )
-            stream = ResidualStream(self._start, terms, guard=self._guard)
+            # a slot takes its rows at the first launch, be it this one or the running stream's
+            stream = ResidualStream(self._start, _as_queued(self._terms), guard=self._guard)
             self.value = stream.value() if self._terms else self._start.clone()
             self._start, self._terms = None, ()
         return self.value
@@ -76,7 +72,7 @@ class Deferred(Tensor):
         """A residual stream that continues from here."""
         if self.value is not None:
             return ResidualStream(self.value)
-        return ResidualStream(self._start, self._terms, guard=self._guard)
+        return ResidualStream(self._start, _as_queued(self._terms), guard=self._guard)
 
     def __repr__(self) -> str:
         return (
@@ -86,16 +82,29 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in _METADATA and isinstance(args[0], Deferred) and args[0].value is None:
+        subject = args[0] if args else next(iter((kwargs or {}).values()), None)
+        if func in _METADATA and isinstance(subject, Deferred) and subject.value is None:
             return super().__torch_function__(func, types, args, kwargs or {})
-        args, kwargs = _real((args, kwargs or {}))
+        args, kwargs = _with_values((args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = _real((args, kwargs or {}))
+        args, kwargs = _with_values((args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _real(tree):
+def _as_queued(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """The terms as they were queued: a slot that has been refreshed again since is made anew."""
+    return tuple(
+        dataclasses.replace(
+            term, feature=term.feature.clone(), fresh=dataclasses.replace(term.fresh, stored=False)
+        )
+        if term.fresh is not None and term.fresh.stored and not term.fresh.still_in(term.feature)
+        else term
+        for term in terms
+    )
+
+
+def _with_values(tree):
     return torch.utils._pytree.tree_map_only(Deferred, Deferred.materialised, tree)

@@ -8,7 +8,6 @@ stream.add(mlp(h), gate2)
 x = stream.value()                       # one launch: add
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -16,7 +15,28 @@ import torch
 from torch import Tensor
 
 from fastcache.backends.checks import MAX_TERMS
+from fastcache.backends.constants import constant_row
 from fastcache.ops import Norm, SlotMap, residual_update, residual_update_scatter_
+
+
+@dataclass(slots=True)
+class FreshRows:
+    """Rows [B, K, D] that a slot takes before it is added; slots [B, N] says where, None = all rows.
+
+    stored: a launch has put them there, and the rows themselves may be anything by now; whoever else
+    has the term queued (a stream, a Deferred) then reads the slot. version: of the rows when they were
+    queued, None where PyTorch keeps none.
+    """
+
+    rows: Tensor
+    slots: Tensor | None
+    version: int | None
+    stored: bool = False
+    slot_version: int | None = None  # of the slot when it had taken them
+
+    def still_in(self, slot: Tensor) -> bool:
+        """True if the slot holds what these rows made of it (a later refresh has not changed it)."""
+        return self.stored and (self.slot_version is None or slot._version == self.slot_version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +50,12 @@ class Term:
     gate: Tensor | None = None
     gate_row: int | None = None
     weight: float | None = None
-    fresh: Tensor | None = None  # rows that `feature`, an owned slot, takes first
-    fresh_slots: Tensor | None = None
+    fresh: FreshRows | None = None  # that `feature`, an owned slot, takes first
+
+    @property
+    def refreshing(self) -> bool:
+        """True if the slot has not taken its rows yet."""
+        return self.fresh is not None and not self.fresh.stored
 
 
 class ResidualStream:
@@ -47,7 +71,7 @@ class ResidualStream:
         self._x = x
         self._guard = tensor_version(x) if guard is None else guard
         self._pending: list[Term] = list(pending)
-        self._refreshing = any(term.fresh is not None for term in pending)
+        self._refreshing = any(term.refreshing for term in pending)
 
     @property
     def pending(self) -> tuple[Term, ...]:
@@ -91,7 +115,8 @@ class ResidualStream:
         """
         if self._refreshing or any(same_memory(term.feature, slot) for term in self._pending):
             self._flush()  # one refresh a launch, and terms queued before it see the slot as it was
-        self._queue(Term(slot, gate, gate_row, None, fresh, None if slots is None else slots.slots))
+        rows = FreshRows(fresh, None if slots is None else slots.slots, tensor_version(fresh))
+        self._queue(Term(slot, gate, gate_row, None, rows))
         self._refreshing = True
 
     def modulated(
@@ -129,7 +154,7 @@ class ResidualStream:
             or (
                 self._refreshing
                 and any(
-                    queued.fresh is not None and same_memory(queued.feature, term.feature)
+                    queued.refreshing and same_memory(queued.feature, term.feature)
                     for queued in self._pending
                 )
             )
@@ -154,7 +179,7 @@ class ResidualStream:
             )
         terms = self._pending
         gates, gate_index = packed_gates(terms, self._x)
-        position = next((j for j, term in enumerate(terms) if term.fresh is not None), None)
+        position = next((j for j, term in enumerate(terms) if term.refreshing), None)
         options = dict(
             gates=gates,
             gate_index=gate_index,
@@ -173,10 +198,16 @@ class ResidualStream:
             result = residual_update(self._x, [term.feature for term in terms], **options)
         else:
             features = [term.feature for j, term in enumerate(terms) if j != position]
-            slot = terms[position]
+            slot, fresh = terms[position].feature, terms[position].fresh
+            if fresh.version is not None and fresh.rows._version != fresh.version:
+                raise RuntimeError(
+                    "fresh: rows that a slot was to take were modified in place before the launch that stores"
+                    " them; return a copy from the module that computed them"
+                )
             result = residual_update_scatter_(
-                self._x, slot.feature, slot.fresh, slot.fresh_slots, features, position=position, **options
+                self._x, slot, fresh.rows, fresh.slots, features, position=position, **options
             )
+            fresh.stored, fresh.slot_version = True, tensor_version(slot)
         self._pending, self._refreshing = [], False  # only now: a launch that raised loses nothing
         if terms:
             self._x, self._guard = result.x, tensor_version(result.x)
@@ -229,22 +260,6 @@ def weight_row(terms: list[Term], device: torch.device) -> Tensor | None:
     return constant_row(
         tuple(1.0 if term.weight is None else float(term.weight) for term in terms), torch.float32, device
     )
-
-
-def constant_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small device tensor of host values; kept, so that a repeated step copies nothing."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype, device=device)
-    return _kept_row(values, dtype, device)
-
-
-@functools.lru_cache(maxsize=4096)
-def _kept_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        row = torch.tensor(values, dtype=dtype)
-        return (
-            row if device.type == "cpu" else row.pin_memory().to(device, non_blocking=True)
-        )  # never waits for the device
 
 
 def _vector_3d(vector: Tensor, x: Tensor) -> Tensor:

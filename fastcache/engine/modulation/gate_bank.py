@@ -1,10 +1,10 @@
 """All gates of a step in one matrix multiply, for steps whose modulations nobody announced.
 
 A reuse step needs the gates of every block and nothing else of their modulations. Their rows of the
-hosts' projections are copied into one matrix, once: the step then launches one product instead of
-one per gate, which at small batches costs more than the trunk. The copies are made again whenever a
-host's weight is another tensor or was written (LoRA merges, loading, offloading, `.to()`); whether
-the projections are plain is asked once a generation.
+host's projections are copied into one matrix at the first cached step of every generation (no counter
+of writes is trusted across generations): a step then launches one product instead of one per gate,
+which at small batches costs more than the trunk. Within a generation the copies are made again where
+a weight is another tensor or its counter moved (LoRA merges, loading, offloading, `.to()`).
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ class GateBank:
         self._copies: _Copies | None = None
         self._projections: list[GateProjection | None] | None = None
         self._activated: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._fresh = False  # the copies are of this generation
 
     @property
     def nbytes(self) -> int:
@@ -50,9 +51,18 @@ class GateBank:
         """Numbers of the vectors that `gates` returns of each block, in order."""
         return self._projections[0].gates
 
-    def look_again(self) -> None:
-        """A generation begins or ended: modules may have been hooked, wrapped or replaced."""
-        self._projections, self._activated = None, (None, None)
+    def begin_generation(self) -> None:
+        """Copies are made anew: modules may have been replaced, and weights written past their counters."""
+        self._projections, self._fresh = None, False
+
+    def begin_step(self) -> None:
+        """Another condition may stand in the same tensor."""
+        self._activated = (None, None)
+
+    def clear(self) -> None:
+        """Free the copies."""
+        self._projections, self._copies, self._fresh = None, None, False
+        self._activated = (None, None)
 
     def gates(self, condition: Tensor) -> Tensor | None:
         """None where the host's projections are not plain, or there would be nothing to save."""
@@ -66,7 +76,7 @@ class GateBank:
         state = _state(projections)
         if state is None:
             return None
-        if self._copies is None or self._copies.state != state:
+        if self._copies is None or not self._fresh or self._copies.state != state:
             self._copies = None  # freed before its successor is made
             if (
                 sum(
@@ -76,7 +86,7 @@ class GateBank:
                 > MOST_BYTES
             ):
                 return None
-            self._copies = _copied(projections, state)
+            self._copies, self._fresh = _copied(projections, state), True
         made = F.linear(self._activation(projections[0], condition), self._copies.weight, self._copies.bias)
         return made.unflatten(-1, (-1, projections[0].width)).transpose(0, 1)
 

@@ -1,42 +1,134 @@
-"""The modulation table: shifts, scales and gates of every step, computed once per generation.
+"""Announced modulations: shifts, scales and gates of every step, computed once per generation.
 
 They depend on timestep and condition only. Where both are known before the first step, the host's
-own modules run once with all steps as the batch, and later steps only index the result.
+own modules run once with all steps as the batch, and later steps only index the result. What was
+announced is compared with what the model gets, at every step: timesteps that are on the host at
+once, conditions on the device, by one operator a step, which is read when the session closes.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastcache.engine.calls import HostTime, Time
 from fastcache.errors import SessionError
 from fastcache.hosts import Host
+from fastcache.ops import relative_error
 
 CHUNK_BYTES = 32 << 20  # most that one call of a host's modulation module may return
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative error of a condition; 16 bits: 0.03
 
 
 @dataclass(frozen=True)
 class ModulationTable:
-    """vectors: [S, L * V, B, D], row V * block + v; first: condition [B, D] of the first step."""
+    """vectors: [S, L * V, B, D], row V * block + v; conditions: [S, B, D]."""
 
     vectors: Tensor
-    first: Tensor
+    conditions: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self.vectors.numel() * self.vectors.element_size()
 
-    def verify(self, condition: Tensor) -> None:
-        """Raise SessionError if the first step's condition is not the one that was announced."""
-        if condition.shape != self.first.shape or not torch.allclose(
-            condition.float(), self.first.float(), rtol=1e-2, atol=1e-3
-        ):
+
+class Announcement:
+    """What `Session.begin` was told of a generation, and the table that follows from it."""
+
+    def __init__(self, host: Host, timesteps: Tensor, conditions: dict[str, Tensor]) -> None:
+        self._host, self._timesteps, self._conditions = host, timesteps, conditions
+        on_host = timesteps.device.type == "cpu"
+        self._times: list[HostTime] | None = [float(t) for t in timesteps.tolist()] if on_host else None
+        self._circumstances = circumstances(host)
+        self.table = build_table(host, timesteps, conditions)
+        self._rows: dict[torch.device, Tensor] = {}
+        self._step = -1
+
+    def refresh(self) -> None:
+        """The generation begins: the table is made again if weights or autocast are no longer as they
+        were."""
+        now = circumstances(self._host)
+        if now != self._circumstances:
+            self._circumstances = now
+            self.table = build_table(self._host, self._timesteps, self._conditions)
+
+    def require_time(self, step: int, t: object) -> None:
+        """SessionError if t, where it is on the host, is not what was announced for this step."""
+        found = Time.of(t).host
+        if self._times is None or found is None:
+            return
+        expected = self._times[step]
+        if found != expected and not _close(found, expected):
             raise SessionError(
-                "begin: the timesteps or conditions that were announced are not those that the model was"
-                " called with; pass what the model gets (t at each step, y of the whole CFG batch), or begin"
-                " without them"
+                "begin: the timesteps or conditions that were announced are not those that the model is"
+                f" called with: step {step} was announced with t {expected:g}, the model got {found}. Pass"
+                " what the model gets (t at each step), or begin without them"
             )
+
+    def error(self, step: int, condition: Tensor) -> Tensor:
+        """[1, 1]: relative error of a step's announced condition against the one that blocks get."""
+        expected = self.table.conditions[step]
+        if condition.shape != expected.shape:
+            raise SessionError(
+                f"begin: conditions were announced for shape {list(expected.shape)}, the model's blocks get"
+                f" {list(condition.shape)}; announce the whole batch that the model is called with (both"
+                " halves of guidance), and begin again where it changes"
+            )
+        found = condition.detach().to(expected.device, expected.dtype)
+        return relative_error([expected[:, None]], [found[:, None]])
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error of a condition that rounding explains."""
+        return TOLERANCES.get(self.table.conditions.dtype, 0.03)
+
+    def rows(self, step: int, device: torch.device) -> Tensor:
+        """[L * V, B, D] of a step; one tensor for all blocks of a device, so that their gates are packed."""
+        if step != self._step:
+            self._step, self._rows = step, {}
+        if device not in self._rows:
+            self._rows[device] = self.table.vectors[step].to(device)
+        return self._rows[device]
+
+
+class ConditionCheck:
+    """Errors of announced conditions, on the device, until somebody reads them."""
+
+    def __init__(self) -> None:
+        self._now: dict[int, Tensor] = {}
+        self._tolerance = 0.0
+        self._worst: Tensor | None = None  # of the generations before, as a multiple of what is tolerated
+
+    def note(self, step: int, error: Tensor, tolerance: float) -> None:
+        """What a step found."""
+        self._now[step], self._tolerance = error, tolerance
+
+    def begin(self) -> None:
+        """A generation begins: of those before, the worst error is kept."""
+        if self._now:
+            found = torch.cat([error.flatten() for error in self._now.values()]).amax() / self._tolerance
+            self._worst = found if self._worst is None else torch.maximum(self._worst, found)
+            self._now = {}
+
+    def read(self) -> None:
+        """SessionError naming the steps whose conditions were not those announced. Waits for the device."""
+        now, worst = self._now, self._worst
+        self._now, self._worst = {}, None
+        errors = torch.cat([error.flatten() for error in now.values()]).tolist() if now else []
+        wrong = [step for step, error in zip(now, errors, strict=True) if not error <= self._tolerance]
+        if wrong:
+            some = ", ".join(map(str, wrong[:6])) + (" ..." if len(wrong) > 6 else "")
+            where = f"at step {some} (by {max(errors):.2g} of their size)"
+        elif worst is not None and not float(worst) <= 1.0:
+            where = "in an earlier generation of this session"
+        else:
+            return
+        raise SessionError(
+            "begin: the timesteps or conditions that were announced are not those that the model was called"
+            f" with {where}, so the outputs are wrong; pass what the model gets (t at each step, y of the"
+            " whole batch), or begin without them"
+        )
 
 
 @torch.no_grad()
@@ -53,10 +145,11 @@ def build_table(host: Host, timesteps: Tensor, conditions: dict[str, Tensor]) ->
             part = host.modulation(block, some.flatten(0, 1)).unflatten(0, some.shape[:2])  # [s, B, V, D]
             if vectors is None:
                 vectors = part.new_empty(S, len(host.blocks) * host.vectors, B, part.shape[-1])
-            vectors[start : start + stride, index * host.vectors : (index + 1) * host.vectors] = (
-                part.transpose(1, 2)
-            )
-    return ModulationTable(vectors, condition[0].clone())
+            place = slice(index * host.vectors, (index + 1) * host.vectors)
+            vectors[start : start + stride, place] = part.transpose(1, 2)
+    if vectors is None:
+        raise SessionError("begin: the model has no blocks whose modulations could be computed")
+    return ModulationTable(vectors, condition.clone())
 
 
 def checked_timesteps(timesteps: Tensor, num_steps: int) -> Tensor:
@@ -65,3 +158,21 @@ def checked_timesteps(timesteps: Tensor, num_steps: int) -> Tensor:
     if timesteps.ndim != 1 or timesteps.shape[0] != num_steps:
         raise SessionError(f"timesteps: expected [{num_steps}], one per step, got {list(timesteps.shape)}")
     return timesteps
+
+
+def circumstances(host: Host) -> tuple:
+    """What a table depends on besides its arguments: autocast, and the weights of the modulations."""
+    device = next(host.model.parameters()).device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return autocast, tuple(_state(module) for module in host.modulators())
+
+
+def _state(module: nn.Module) -> tuple:
+    return tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters())
+
+
+def _close(found: HostTime, expected: HostTime) -> bool:
+    """Equal up to the rounding of 16-bit timesteps."""
+    if not isinstance(found, float) or not isinstance(expected, float):
+        return False
+    return abs(found - expected) <= 4e-3 * max(abs(found), abs(expected))

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastcache.backends.constants import constant_row
 from fastcache.engine.tokens.tap import AttentionTap
 from fastcache.errors import ScheduleError
 from fastcache.ops import SlotMap, attention_received, row_score, select_tokens_, value_norm
 from fastcache.plan.selection import Score, Selection
-from fastcache.stream.residual_stream import constant_row
 
 
 class TokenSelector:
@@ -26,7 +26,9 @@ class TokenSelector:
         self._scores: list[Tensor | None] = [None] * len(branches)
         self._stacked: Tensor | None = None
         self._ages: Tensor | None = None
-        self._generator: torch.Generator | None = None
+        self._generators: tuple[torch.Generator, torch.Generator] | None = None
+        self._guided: Tensor | None = None  # on the device: whether both halves of the batch show one picture
+        self._sample: Tensor | None = None
         self._chosen: dict[int, SlotMap] = {}
 
     def restart(self, branches: Sequence[int], x: Tensor) -> None:
@@ -86,7 +88,7 @@ class TokenSelector:
         self._chosen[branch] = SlotMap(slots, max(capacity, tokens))
         return self._chosen[branch]
 
-    def pass_over(self, branches: Sequence[int]) -> None:
+    def age_all(self, branches: Sequence[int]) -> None:
         """Refreshes of no tokens: everyone is one step older."""
         for first, last in runs(sorted(self._rows[branch] for branch in branches)):
             self._ages[first:last].add_(1)
@@ -95,9 +97,14 @@ class TokenSelector:
         """This step's choice for a branch, None where it chose nothing."""
         return self._chosen.get(branch)
 
-    def begin_step(self) -> None:
-        """Forget the choices of the step before."""
+    def begin_step(self, sample: Tensor | None) -> None:
+        """Forget the choices of the step before. sample: the latents [B, ...] that the model got."""
         self._chosen.clear()
+        self._sample = sample
+
+    def begin_generation(self) -> None:
+        """Random numbers start over."""
+        self._generators = self._guided = None
 
     def _select(self, score: Tensor, ages: Tensor, counts: list[int]) -> Tensor:
         selection, N = self._selection, score.shape[1]
@@ -128,16 +135,35 @@ class TokenSelector:
             return 0.5 * drawn[first:last] + 0.5 * taken / taken.amax(-1, keepdim=True)
         return taken
 
-    def _drawn(self, rows: dict[int, str], B: int, N: int, device: torch.device) -> Tensor | None:
-        """Uniform numbers [L, B, N] of this step, the same for both halves of an even batch."""
+    def _drawn(self, rows: dict[int, int], B: int, N: int, device: torch.device) -> Tensor | None:
+        """Uniform numbers [L, B, N] of this step: the same for both halves of a batch that is guided, that is
+        whose halves were given the same latents; independent for the images of every other batch.
+        """
         if self._selection.score not in (Score.RANDOM, Score.COMPRESS):
             return None
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self._selection.seed)
-        halves = 2 if B % 2 == 0 else 1
-        return torch.rand(len(self._rows), B // halves, N, device=device, generator=self._generator).repeat(
-            1, halves, 1
-        )
+        if self._generators is None or self._generators[0].device != device:
+            seed = self._selection.seed
+            self._generators = (
+                torch.Generator(device).manual_seed(seed),
+                torch.Generator(device).manual_seed(seed + 1),
+            )
+        half = B // 2
+        first = torch.rand(len(self._rows), B - half, N, device=device, generator=self._generators[0])
+        second = torch.rand(len(self._rows), half, N, device=device, generator=self._generators[1])
+        if half == 0 or B % 2:
+            return torch.cat([first, second], 1)
+        return torch.cat([first, torch.where(self._is_guided(B, device), first, second)], 1)
+
+    def _is_guided(self, B: int, device: torch.device) -> Tensor:
+        """[] bool on the device, found once a generation: nothing is read."""
+        if self._guided is None:
+            sample = self._sample
+            alike = isinstance(sample, Tensor) and sample.ndim > 1 and sample.shape[0] == B
+            if alike:
+                self._guided = (sample[: B // 2] == sample[B // 2 :]).all().to(device)
+            else:
+                self._guided = torch.zeros((), dtype=torch.bool, device=device)
+        return self._guided
 
 
 def token_grid_side(tokens: int, cell: int) -> int:

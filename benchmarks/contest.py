@@ -1,0 +1,225 @@
+"""One case: memory guard, rotating buffers, values, times. Every contender is checked before it is timed."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.cases import DTYPE_NAMES, Case, ChoiceCase
+from benchmarks.machine import free_bytes, last_level_cache_bytes
+from benchmarks.sequences import BEST, COMPILED, MLP_ALONE, NAIVE, Binder, Call, FormSequences, Sequences
+from benchmarks.timing import Effort, Timing, measure
+from benchmarks.tokens import ChoiceSequences, OperatorCase, OperatorSequences
+from fastcache.engine.record import OperatorCount
+
+MAX_COPIES = 64
+COLD = 2  # last-level caches that the rotating buffers must exceed
+MOST_FLOPS = 6e10  # of a block on a CPU: beyond, one call takes seconds
+
+AnyCase = Case | ChoiceCase | OperatorCase
+COMPARED = (NAIVE, BEST, COMPILED)
+
+
+class NotMeasured(Exception):
+    """A case or a contender that could not be measured, and why."""
+
+
+class WrongValues(AssertionError):
+    """A contender computes something else."""
+
+
+@dataclass(frozen=True)
+class Absence:
+    """What a report says of it. provider None: the whole case."""
+
+    case: str
+    provider: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contender. scope: entered around everything that calls. may_fail: then it is absent with its
+    error."""
+
+    name: str
+    bind: Binder
+    scope: Callable[[], AbstractContextManager] = nullcontext
+    may_fail: bool = False
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A contender's call on every buffer, its error, and the operators that a call dispatches (views
+    excluded)."""
+
+    entrant: Entrant
+    calls: list[Call]
+    error: float
+    operators: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of one case. vs_*: times faster than that contender (its median over ours), None if
+    absent.
+
+    bytes: the least that is moved, so gbps is what a perfect implementation would have needed in this time;
+    share_of_copy: gbps over the copy bandwidth of the run. cache: cold if the rotating buffers exceed twice
+    the last-level cache. rows: K, tokens that are refreshed. error: relative RMS, or share of tokens chosen
+    otherwise. cpu_vs_naive: as vs_naive, of CPU time.
+    """
+
+    case: str
+    form: str
+    size: str
+    dtype: str
+    contender: str
+    threads: int
+    rows: int
+    bytes: int
+    flops: int
+    cache: str
+    buffers: int
+    operators: int | None
+    timing: Timing
+    gbps: float
+    error: float
+    vs_naive: float | None
+    vs_best_eager: float | None
+    vs_compile: float | None
+    cpu_vs_naive: float | None
+    share_of_copy: float | None = None
+
+    def against(self, copy_gbps: float) -> "Row":
+        """The row with its share of the copy bandwidth."""
+        return replace(self, share_of_copy=self.gbps / copy_gbps)
+
+
+def sequences_of(case: AnyCase) -> Sequences:
+    """How a case is computed."""
+    kinds = {Case: FormSequences, ChoiceCase: ChoiceSequences, OperatorCase: OperatorSequences}
+    return kinds[type(case)](case)
+
+
+class Prepared:
+    """The buffers of a case. Raises NotMeasured if they do not fit into memory, or if it would take too
+    long."""
+
+    def __init__(
+        self, case: AnyCase, device: torch.device, max_copies: int = MAX_COPIES, free: int | None = None
+    ) -> None:
+        self.case, self.device, self.sequences = case, device, sequences_of(case)
+        if device.type == "cpu" and case.flops > MOST_FLOPS:
+            reason = f"its MLP takes more than {MOST_FLOPS / 1e9:.0f} GFLOP a call; see the stream alone"
+            raise NotMeasured(reason)
+        needed = max(1, -(-COLD * last_level_cache_bytes(device) // max(1, case.operand_bytes)))
+        copies = min(needed, max_copies)
+        free = free_bytes(device) if free is None else free
+        need = copies * case.operand_bytes + case.working_bytes
+        if free is not None and need > free:
+            raise NotMeasured(f"needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+        self.cache = "cold" if copies == needed else "warm"
+        self.buffers = [self.sequences.make(device, seed) for seed in range(copies)]
+        self._written = [tensor.clone() for tensor in self.sequences.written(self.buffers[0])]
+        self._exact = self.sequences.exact(self.buffers[0])
+        self._restore()
+
+    def _restore(self) -> None:
+        for tensor, kept in zip(self.sequences.written(self.buffers[0]), self._written, strict=True):
+            tensor.copy_(kept)
+
+    def bound(self, entrant: Entrant) -> Bound:
+        """Raises WrongValues, or NotMeasured if the contender may fail and does."""
+        with entrant.scope():
+            try:
+                calls = [entrant.bind(operands) for operands in self.buffers]
+                if entrant.may_fail:
+                    calls[0]()
+            except Exception as failure:
+                if not entrant.may_fail:
+                    raise
+                raise NotMeasured(first_line(failure)) from failure
+            if entrant.name == MLP_ALONE:
+                return Bound(entrant, calls, 0.0, None)
+            self._restore()
+            with nullcontext() if entrant.may_fail else OperatorCount() as counter:
+                result = calls[0]()
+            error = self._error(entrant.name, result)
+        return Bound(entrant, calls, error, counter.count if counter else None)
+
+    def _error(self, name: str, result: object) -> float:
+        sequences = self.sequences
+        seen = zip(sequences.seen(self.buffers[0], result), self._exact, strict=True)
+        error = max(sequences.off(found, exact) for found, exact in seen)
+        if not error <= sequences.allowed:
+            found = f"{self.case.name}: {name} is off by {error:.2e} (against the definition)"
+            raise WrongValues(f"{found}, allowed {sequences.allowed:.2e}")
+        return error
+
+    def row(self, bound: Bound, timings: Mapping[str, Timing]) -> Row:
+        """What a report shows of a contender."""
+        case, name, own = self.case, bound.entrant.name, timings[bound.entrant.name]
+        others = {} if name == MLP_ALONE else timings
+        ratios = [others[one].median_us / own.median_us if one in others else None for one in COMPARED]
+        naive = others.get(NAIVE)
+        cpu = naive.cpu_us / own.cpu_us if naive and naive.cpu_us and own.cpu_us else None
+        what = (case.name, case.label, case.size.name, DTYPE_NAMES[case.dtype], name, torch.get_num_threads())
+        moved = (case.rows, case.min_bytes, case.flops, self.cache, len(self.buffers), bound.operators)
+        return Row(*what, *moved, own, 1e-3 * case.min_bytes / own.median_us, bound.error, *ratios, cpu)
+
+
+def first_line(failure: Exception) -> str:
+    """Why something does not run here, in one line."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def entrants(sequences: Sequences, inductor: str | None = "inductor") -> list[Entrant]:
+    """Everybody on a CPU; inductor: the backend of torch.compile, None to leave it out."""
+    found = [Entrant(name, bind) for name, bind in sequences.contenders.items()]
+    if inductor:
+        found.insert(2, Entrant(COMPILED, sequences.compiled(inductor), may_fail=True))
+    return found
+
+
+def measure_case(
+    case: AnyCase,
+    device: torch.device,
+    effort: Effort,
+    inductor: str | None = "inductor",
+    max_copies: int = MAX_COPIES,
+) -> tuple[list[Row], list[Absence]]:
+    """Check and time every contender of a case, on the same buffers, in turns."""
+    try:
+        prepared = Prepared(case, device, max_copies)
+    except NotMeasured as reason:
+        return [], [Absence(case.name, None, str(reason))]
+    bound, absent = {}, []
+    for entrant in entrants(prepared.sequences, inductor):
+        try:
+            bound[entrant.name] = prepared.bound(entrant)
+        except NotMeasured as reason:
+            absent.append(Absence(case.name, entrant.name, str(reason)))
+    timings = measure({name: one.calls for name, one in bound.items()}, effort, device)
+    return [prepared.row(one, timings) for one in bound.values()], absent
+
+
+def measure_cases(
+    cases: Sequence[AnyCase], measured: Callable[[AnyCase], tuple[list[Row], list[Absence]]], say: Callable
+) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:
+    """Case by case, with a line about each."""
+    rows, absent = [], []
+    for number, case in enumerate(cases, start=1):
+        found, missing = measured(case)
+        rows += found
+        absent += missing
+        say(f"{number}/{len(cases)} {case.name}: {outcome(found, missing)}")
+    return tuple(rows), tuple(absent)
+
+
+def outcome(rows: Iterable[Row], absent: Sequence[Absence]) -> str:
+    """One line about a case."""
+    times = ", ".join(f"{row.contender} {row.timing.median_us:.1f} us" for row in rows)
+    return times or absent[0].reason
