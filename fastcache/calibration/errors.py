@@ -110,8 +110,8 @@ class ErrorObserver:
     ) -> None:
         self._layout, self._num_steps, self._lookahead = layout, num_steps, lookahead
         self._relative_error = relative_error
-        self._running: dict[int, list[Tensor]] = {}  # errors [K', L] by step, for every call of a step
-        self._runs: list[dict[int, list[Tensor]]] = []
+        self._running: dict[int | str, list[Tensor]] = {}  # errors [K', L] by step, for every call of a step
+        self._runs: list[dict[int | str, list[Tensor]]] = []
         self.tokens = 0
 
     @property
@@ -119,7 +119,7 @@ class ErrorObserver:
         """Features per branch that the session has to keep."""
         return self._lookahead + 1
 
-    def __call__(self, step: int, call: int, history: list[list[Tensor]]) -> None:
+    def __call__(self, step: int, call: int | str, history: list[list[Tensor]]) -> None:
         """history[b]: features of branch b, newest first; the newest is of this step, the next of the step
         before.
         """
