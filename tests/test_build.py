@@ -198,6 +198,7 @@ def test_a_wheel_holds_the_package_and_its_libraries_and_works_where_it_is_unpac
         archive.extractall(tmp_path / "unpacked")
         assert archive.read("fastcache/backends/schema.def") == (ROOT / "csrc" / "schema.def").read_bytes()
     assert "fastcache/lib/libfastcache_cpu.so" in names
+    assert "fastcache/py.typed" in names  # type checkers of those who install it read our annotations
     kernels = {f"fastcache/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastcache"}
