@@ -1,6 +1,8 @@
 # make env        sets up .venv with pinned dependencies and builds the kernels; every other target does so first
 # make demo       samples pictures with and without caching, and says what it saves
-# make test       every test
+# make test       the tests, under 9 minutes on two cores
+# make test-fast  of every test that is quick its first rows, under 90 seconds
+# make test-full  what `make test` leaves out: whole matrices, long builds; the two together run every test
 # make check      format, lint, types, C++ format, shell
 # make format     formats Python, C++ and CUDA, and corrects what the linter can
 # make hooks      runs the checks before every commit (pre-commit)
@@ -19,7 +21,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
 
-.PHONY: env demo quality frontier test check format hooks types-baseline
+.PHONY: env demo quality frontier test test-fast test-full check format hooks types-baseline
 .PHONY: bench report doctor train clean
 
 env: $(VENV)/built
@@ -49,8 +51,15 @@ frontier: env
 	OMP_WAIT_POLICY=passive $(BIN)/fastcache frontier --out out/frontier
 
 test: env
-	$(INTERPRETED)
-	$(PYTEST) tests
+	$(INTERPRETED) -m "not full"
+	$(PYTEST) tests -m "not full"
+
+test-fast: env
+	$(PYTEST) tests -m "not full and not slow" --rows 1
+
+test-full: env
+	$(INTERPRETED) -m full
+	$(PYTEST) tests -m full
 
 check: env
 	$(BIN)/ruff format --check .
