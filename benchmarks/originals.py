@@ -56,7 +56,7 @@ class Original:
         self._updated: dict[Place, int] = {}
         self._ages: dict[Place, Tensor] = {}
         self._taken: dict[int, Tensor] = {}  # by block: attention map [B, N, N], or value norms [B, H, N]
-        self._hidden = self._generator = None
+        self._hidden = self._generators = None
         self._running: frozenset[int] = frozenset()
         self._drawn: dict[int, Tensor] = {}
 
@@ -64,7 +64,7 @@ class Original:
         plan = self._schedule.steps[self.step]
         if number == 0:
             self._running = plan.run_blocks
-            self._draw(plan, x)
+            self._draw(plan, x, c)
         if number in self._running:
             vectors = block.adaLN_modulation(c).chunk(6, dim=1)
             for index, branch in self._branches[number]:
@@ -105,15 +105,24 @@ class Original:
             total = total + (1 / math.factorial(order)) * difference * distance**order
         return total
 
-    def _draw(self, plan: StepPlan, x: Tensor) -> None:
-        """Random scores of all layers at once, the same for both halves of the batch."""
+    def _draw(self, plan: StepPlan, x: Tensor, c: Tensor) -> None:
+        """Random scores of all layers at once: the same for both halves of a guided batch (equal latents,
+        other conditions), independent for the images of another one."""
         if self._score not in (Score.RANDOM, Score.COMPRESS) or plan.skip:
             return
-        rows = sorted(self._schedule.refreshed)
-        if any(action.kind is Kind.REFRESH for action in plan.actions):
-            self._generator = self._generator or torch.Generator().manual_seed(self._selection.seed)
-            drawn = torch.rand(len(rows), len(x) // 2, x.shape[1], generator=self._generator).to(x.device)
-            self._drawn = dict(zip(rows, drawn.repeat(1, 2, 1), strict=True))
+        rows, half = sorted(self._schedule.refreshed), len(x) // 2
+        if not any(action.kind is Kind.REFRESH for action in plan.actions):
+            return
+        seed = self._selection.seed
+        if self._generators is None:
+            self._generators = tuple(torch.Generator().manual_seed(number) for number in (seed, seed + 1))
+        first, second = (
+            torch.rand(len(rows), size, x.shape[1], generator=generator)
+            for size, generator in zip((len(x) - half, half), self._generators, strict=True)
+        )
+        guided = len(x) == 2 * half and x[:half].equal(x[half:]) and not c[:half].equal(c[half:])
+        drawn = torch.cat([first, first if guided else second], 1).to(x.device)
+        self._drawn = dict(zip(rows, drawn, strict=True))
 
     def _chosen(self, place: Place, index: int, action: Action, x: Tensor) -> Tensor:
         kind, taken = self._score, self._taken.get(place[0])

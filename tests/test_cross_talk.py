@@ -1,5 +1,7 @@
 """Bad indices are reported by the session whose kernels met them, wherever its model's weights are."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from equal_or_loud import POLICY
@@ -13,11 +15,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def flag(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def flag(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
     """The sticky flag of a device on which kernels have run: here the CPU."""
     monkeypatch.setattr(index_errors, "FLAGS", {})
     monkeypatch.setattr(index_flags, "FLAGS", index_errors.FLAGS)
-    return index_flags.error_flag(CPU)
+    yield index_flags.error_flag(CPU)
+    index_errors.take_index_errors(CPU)
 
 
 def test_a_session_raises_for_a_bad_index_of_its_own(flag: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Slots: borrowed and owned, accounted and freed."""
+"""Slots: buffers of ours at fixed addresses, accounted and freed."""
 
 import gc
 import weakref
@@ -7,82 +7,63 @@ import pytest
 import torch
 
 from fastcache.engine.features import FeatureStore
-from fastcache.errors import SessionError
 
 
-def test_a_borrowed_slot_is_the_tensor_itself() -> None:
+def test_what_is_kept_is_a_copy() -> None:
     store, feature = FeatureStore(), torch.randn(2, 3, 4)
-    store.borrow(0, feature, step=5)
-    assert store.feature(0) is feature and store.age(0, 7) == 2
-
-
-def test_a_borrowed_slot_that_was_written_is_refused() -> None:
-    store, feature = FeatureStore(), torch.randn(2, 3, 4)
-    store.borrow(0, feature, 0)
-    feature.add_(1)
-    with pytest.raises(SessionError, match="modified in place"):
-        store.feature(0)
-
-
-def test_owning_a_borrowed_slot_copies_it_once_and_never_writes_the_original() -> None:
-    store, feature = FeatureStore(), torch.randn(2, 3, 4)
-    store.borrow(0, feature, 0)
-    slot = store.own(0)
-    assert slot.owned and torch.equal(slot.tensor, feature)
-    slot.tensor.zero_()
-    assert feature.abs().sum() > 0
-    assert store.own(0).tensor is slot.tensor and store.age(0, 2) == 2
+    expected = feature.clone()
+    store.keep(0, feature, step=5)
+    feature.zero_()
+    assert torch.equal(store.feature(0), expected) and store.age(0, 7) == 2
 
 
 def test_a_buffer_is_taken_again_for_the_next_feature_of_the_same_shape() -> None:
     store, feature = FeatureStore(), torch.randn(2, 3, 4)
     first = store.buffer(0, feature, 0)
-    again = store.buffer(0, feature, 4)
-    assert again.tensor is first.tensor and again.owned and store.steps(0) == [4]
+    assert store.buffer(0, feature, 4) is first and store.steps(0) == [4]
 
 
 @pytest.mark.parametrize("like", [torch.randn(1, 3, 4), torch.randn(2, 3, 4, dtype=torch.float64)])
 def test_a_buffer_of_another_shape_or_dtype_starts_the_history_again(like) -> None:
     store = FeatureStore(depth=2)
-    before = store.buffer(0, torch.randn(2, 3, 4), 0).tensor
-    after = store.buffer(0, like, 1).tensor
-    assert (
-        after is not before
-        and after.shape == like.shape
-        and after.dtype == like.dtype
-        and store.steps(0) == [1]
-    )
+    before = store.buffer(0, torch.randn(2, 3, 4), 0)
+    after = store.buffer(0, like, 1)
+    assert after is not before and after.shape == like.shape and after.dtype == like.dtype
+    assert store.steps(0) == [1]
 
 
 def test_a_history_keeps_the_newest_features_and_takes_the_oldest_buffer_again() -> None:
-    store, features = FeatureStore(depth=3), [torch.full((1, 2, 2), float(k)) for k in range(5)]
-    for step, feature in enumerate(features):
-        store.borrow(0, feature, step)
-        store.buffer(1, feature, step).tensor.copy_(feature)
-    for branch in (0, 1):
-        assert store.steps(branch) == [4, 3, 2]
-        assert [int(kept[0, 0, 0]) for kept in store.history(branch)] == [4, 3, 2]
-    assert len({kept.data_ptr() for kept in store.history(1)}) == 3
-    assert store.nbytes == 6 * 16
+    store = FeatureStore(depth=3)
+    for step in range(5):
+        store.keep(0, torch.full((1, 2, 2), float(step)), step)
+    assert store.steps(0) == [4, 3, 2]
+    assert [int(kept[0, 0, 0]) for kept in store.history(0)] == [4, 3, 2]
+    assert len({kept.data_ptr() for kept in store.history(0)}) == 3 and store.nbytes == 3 * 16
 
 
-def test_a_feature_of_another_shape_is_not_usable() -> None:
+def test_features_of_later_steps_are_forgotten_when_a_sampler_goes_back() -> None:
+    store = FeatureStore(depth=3)
+    for step in (0, 3, 6, 2):
+        store.keep(0, torch.full((1, 2, 2), float(step)), step)
+    assert store.steps(0) == [2, 0]
+
+
+def test_a_feature_is_there_for_steps_after_the_one_that_computed_it() -> None:
     store = FeatureStore()
-    store.borrow(0, torch.randn(2, 3, 4), 0)
-    assert store.usable(0, torch.empty(2, 3, 4, dtype=torch.bfloat16))
-    assert not store.usable(0, torch.empty(1, 3, 4)) and not store.usable(1, torch.empty(2, 3, 4))
+    store.keep(0, torch.randn(2, 3, 4), 3)
+    assert store.has(0) and store.has(0, before=4) and not store.has(0, before=3) and not store.has(1)
 
 
-def test_bytes_count_every_storage_once() -> None:
-    store, pair = FeatureStore(), torch.randn(2, 2, 3, 4)
-    store.borrow(0, pair[0], 0)
-    store.borrow(1, pair[1], 0)
-    assert store.nbytes == pair.numel() * 4
+def test_buffers_made_in_inference_mode_can_be_written_outside() -> None:
+    store = FeatureStore()
+    with torch.inference_mode():
+        store.keep(0, torch.randn(2, 3, 4), 0)
+    store.feature(0).zero_()
 
 
 def test_clearing_frees_what_we_own() -> None:
     store = FeatureStore()
-    kept = weakref.ref(store.buffer(0, torch.randn(2, 3, 4), 0).tensor)
+    kept = weakref.ref(store.buffer(0, torch.randn(2, 3, 4), 0))
     store.clear()
     gc.collect()
     assert kept() is None and store.nbytes == 0 and 0 not in store

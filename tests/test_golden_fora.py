@@ -15,17 +15,14 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("announced", [False, True], ids=["modules", "table"])
-@pytest.mark.parametrize("own_features", [False, True], ids=["borrowed", "owned"])
 @pytest.mark.parametrize("backend", available_backends("cpu"))
 @torch.no_grad()
-def test_every_step_equals_the_original(backend: str, own_features: bool, announced: bool) -> None:
+def test_every_step_equals_the_original(backend: str, announced: bool) -> None:
     model, case = golden_model(), load_case(CASE)
     calls = list(case.calls())
     with (
         fastcache.use_backend(backend),
-        fastcache.accelerate(
-            model, fastcache.FORA(interval=int(case.config["N"])), len(calls), own_features=own_features
-        ) as session,
+        fastcache.accelerate(model, fastcache.FORA(interval=int(case.config["N"])), len(calls)) as session,
     ):
         if announced:
             session.begin(timesteps=case.timesteps.float(), conditions={"y": calls[0].y})

@@ -131,7 +131,9 @@ def test_a_generation_without_end_does_not_grow() -> None:
         steps(100)
         after = sizes(session)
         session.reset()
-    assert after == before, f"(objects, bytes) {before} after 20 steps, {after} after 120"
+    assert after[0] <= before[0] and after[1] <= before[1], (
+        f"(objects, bytes) {before} after 20 steps, {after} after 120"
+    )
 
 
 def other_resolutions() -> None:

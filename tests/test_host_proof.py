@@ -530,10 +530,15 @@ def test_a_condition_is_read_as_it_is_when_a_block_is_called(kind: type[ForeignD
     model = foreign_dit()
     model.__class__ = kind
     expected = defined(model)
-    with mode():
-        with fastcache.accelerate(model, POLICY, STEPS):
-            found = [model(*inputs(step)).clone() for step in range(STEPS)]
-    assert_equal(found, expected)
+
+    def play() -> list[Tensor]:
+        with mode(), fastcache.accelerate(model, POLICY, STEPS):
+            return [model(*inputs(step)).clone() for step in range(STEPS)]
+
+    if mode is torch.inference_mode:  # PyTorch does not tell what is written there: right, or an error
+        equal_or_loud(play, expected)
+    else:
+        assert_equal(play(), expected)
 
 
 class PerToken(ForeignBlock):

@@ -100,16 +100,15 @@ def test_the_flag_is_read_when_the_session_closes_and_never_in_the_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
-    monkeypatch.setattr(
-        "fastcache.engine.index_check.take_index_errors", lambda device: asked.append(device) or ""
-    )
+    monkeypatch.setattr(index_errors, "_taken_from_flag", lambda device: asked.append(device) or 0)
     model = small_dit()
     with accelerate(model, FORA(interval=2), num_steps=8) as session:
+        assert asked == [CPU]  # what was set before is told to those whom it belongs to
         run(model)
         session.reset()
         run(model)
-        assert not asked
-    assert asked == [CPU]
+        assert asked == [CPU]
+    assert asked == [CPU, CPU]
 
 
 def test_an_exception_in_the_session_is_the_one_that_is_seen_and_the_bad_index_is_logged(

@@ -105,15 +105,11 @@ def test_the_modulation_table_changes_nothing(announced: bool) -> None:
     assert_close(found, run_naively(model, schedule), 2e-5)
 
 
-def test_owned_features_give_the_same_and_a_ring_takes_its_oldest_buffer_again() -> None:
+def test_a_history_takes_its_oldest_buffer_again() -> None:
     model, policy = small_dit(), fastcache.TaylorSeer(interval=3, max_order=2)
-    with fastcache.accelerate(model, policy, 20) as borrowed:
-        expected = run(model, 20)
-    with fastcache.accelerate(model, policy, 20, own_features=True) as owned:
-        found = run(model, 20)
-    assert_close(found, expected)
-    one = 4 * 16 * 32 * 4
-    assert owned.summary().bytes_held == 6 * 3 * one and borrowed.summary().bytes_held <= 6 * 3 * one
+    with fastcache.accelerate(model, policy, 20) as session:
+        run(model, 20)
+    assert session.summary().bytes_held == 6 * 3 * 4 * 16 * 32 * 4
 
 
 @pytest.mark.parametrize(
@@ -123,7 +119,7 @@ def test_owned_features_give_the_same_and_a_ring_takes_its_oldest_buffer_again()
 )
 def test_features_stored_in_half_precision_take_half_the_memory(backend, policy) -> None:
     model = small_dit()
-    with fastcache.accelerate(model, policy, 20, own_features=True) as wide:
+    with fastcache.accelerate(model, policy, 20, feature_dtype=torch.float32) as wide:
         expected = run(model, 20)
     with fastcache.accelerate(model, policy, 20, feature_dtype=torch.bfloat16) as narrow:
         found = run(model, 20)
@@ -189,7 +185,7 @@ def test_forecasts_are_one_launch_of_the_whole_trunk() -> None:
     model = small_dit()
     counts = {}
     for policy in (fastcache.FORA(interval=4), fastcache.TaylorSeer(interval=4, max_order=3)):
-        with fastcache.accelerate(model, policy, 20) as session:
+        with fastcache.accelerate(model, policy, 20, count_ops=True) as session:
             session.begin(
                 timesteps=torch.stack([inputs(step)[1][0] for step in range(20)]),
                 conditions={"y": inputs(0)[2]},
@@ -233,7 +229,7 @@ def test_random_scores_leave_the_samplers_numbers_alone_and_are_the_same_every_t
     for step, choices in runs[0].items():
         for branch, chosen in choices.items():
             assert torch.equal(chosen, runs[1][step][branch])
-            assert torch.equal(chosen[:2], chosen[2:])  # both halves of the batch
+            assert not torch.equal(chosen[:2], chosen[2:])  # four pictures, and no guidance
 
 
 def test_the_session_tells_which_tokens_were_refreshed() -> None:
@@ -271,7 +267,9 @@ def test_the_summary_counts_a_partial_step_that_recomputes_tokens() -> None:
     counts = []
     for steps in ((nothing,), (some,), (nothing, some)):
         with fastcache.accelerate(
-            model, Schedule(layout, (full_step(layout), *steps), selection=Selection("random"))
+            model,
+            Schedule(layout, (full_step(layout), *steps), selection=Selection("random")),
+            count_ops=True,
         ) as session:
             run(model, 1 + len(steps))
         counts.append(session.summary().steps["partial"].ops)
@@ -376,7 +374,7 @@ def operators_by_step(policy, steps: int = 50) -> tuple[Schedule, list[int]]:
         for step in range(steps):
             x, t, y = inputs(step % STEPS, size=16)
             with OperatorCount() as counter:
-                model.forward_with_cfg(x, t - step, y, 1.5)
+                model.forward_with_cfg(x, torch.full_like(t, 990.0 - step), y, 1.5)
             counts.append(counter.count)
     return schedule, counts
 
@@ -395,6 +393,7 @@ def test_a_partial_step_stays_within_its_budget(policy, per_block: int) -> None:
     schedule, counts = operators_by_step(policy)
     partial = [count for step, count in zip(schedule.steps, counts, strict=True) if step.kind == "partial"]
     assert max(partial) <= DEPTH * per_block + 60, max(partial)
+    assert policy.cache_type not in ("attention", "kv-norm") or max(partial) <= 180, max(partial)
     assert min(partial) <= 60  # a step whose shares come to no token recomputes nothing
 
 
@@ -412,7 +411,7 @@ def test_a_cached_step_without_fresh_tokens_stays_within_its_budget(policy, anno
             with OperatorCount() as counter:
                 model.forward_with_cfg(x, torch.full((4,), float(steps - step)), y, 1.5)
             if plan.kind in ("reuse", "skip", "forecast"):
-                assert counter.count <= 60, (step, plan.kind, counter.count)
+                assert counter.count <= 40, (step, plan.kind, counter.count)
 
 
 def test_a_full_step_that_scores_attention_costs_little_more_than_the_host() -> None:

@@ -244,17 +244,14 @@ def partial(model: nn.Module, score: str) -> Schedule:
     return Schedule(layout, (full_step(layout), step, step, step) * 2, selection=Selection(score, 0.05))
 
 
-def received(attention: Callable[[nn.Module, Tensor], tuple]) -> Callable:
-    """Scores of an attention from its own maps [B, H, N, N] and values, for the definition."""
+def scored_by(attention: Callable[[nn.Module, Tensor], tuple]) -> Callable:
+    """What the original takes scores from: an attention's own maps [B, H, N, N] and values."""
 
-    def scores(body: nn.Module, h: Tensor) -> dict:
+    def attention_and_score(body: nn.Module, h: Tensor, score: fastcache.Score) -> tuple[Tensor, Tensor]:
         maps, v = attention(body, h)
-        return {
-            fastcache.Score.ATTENTION: maps.mean(1).sum(1),
-            fastcache.Score.KV_NORM: (1 - v.norm(dim=-1)).sum(1),
-        }
+        return body(h), maps.mean(1) if score is fastcache.Score.ATTENTION else v.norm(dim=-1)
 
-    return scores
+    return attention_and_score
 
 
 def maps_of_sdpa(body: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +299,7 @@ def test_tokens_are_scored_by_the_blocks_own_attention_or_it_is_refused(
 ) -> None:
     model = with_attention(kind)
     schedule = partial(model, score)
-    monkeypatch.setattr("naive_refresh.attention_scores", received(BODIES[kind]))
+    monkeypatch.setattr("benchmarks.originals.attention_and_score", scored_by(BODIES[kind]))
     expected = run_naively(model, schedule)
 
     def play() -> list[Tensor]:

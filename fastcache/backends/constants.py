@@ -25,6 +25,12 @@ class Constants:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        rows = [row for by_stream in self._kept.values() for row in by_stream.values()]
+        return sum(row.numel() * row.element_size() for row in rows)
+
     def row(self, values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[len(values)] on the device."""
         by_stream = self._kept.get((values, dtype, device), {})

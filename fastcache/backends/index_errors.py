@@ -55,6 +55,10 @@ class IndexWatch:
             _OUTSIDE.read(device)
             self._found[device] = 0
 
+    def add(self, device: torch.device) -> None:
+        """Watch one more device, on which something has run already: nothing is read."""
+        self._found.setdefault(_whole(device), 0)
+
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """Those that are watched."""

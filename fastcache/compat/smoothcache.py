@@ -226,7 +226,7 @@ class DiTCacheHelper(SmoothCacheHelper):
     def current_steps(self) -> dict[str, int]:
         if self.session is None:
             return super().current_steps
-        return dict.fromkeys(self._flags, self.session._step)
+        return dict.fromkeys(self._flags, self.session.current_step)
 
     def reset_state(self) -> None:
         super().reset_state()

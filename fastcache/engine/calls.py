@@ -135,6 +135,8 @@ class Calls:
     def jump(self, step: int) -> None:
         """The next call belongs to `step`; if that step is under way, it goes on."""
         if not (self._made and self._step == step):
+            if step == 0 and self._begun:  # a generation begins anew
+                self._restart()
             self._step, self._made = step, []
         self._jumped = True
 
@@ -256,9 +258,11 @@ class Calls:
                 " session.begin() where a generation begins"
             )
         self._opened = time
+        if self._jumped:
+            return
         if time.host is not None:
             self._times.append(time.host)
-            place = None if self._jumped else first_return(self._times, last_only=True)
+            place = first_return(self._times, last_only=True)
             if place is not None and self.doubt is None:
                 self.doubt = _went_back(place, self._times[place - 1], self._times[place])
         elif time.device is not None:

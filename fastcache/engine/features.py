@@ -53,7 +53,8 @@ class FeatureStore:
             slot = history.popleft() if history[0].step >= step else history.pop()
             freed = slot.tensor
         if freed is None:
-            freed = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+            with torch.inference_mode(False):  # so that it can be written in any mode
+                freed = torch.empty(like.shape, dtype=dtype, device=like.device)
         history.appendleft(Slot(freed, step))
         return freed
 
@@ -61,15 +62,10 @@ class FeatureStore:
         """Copy a feature into a buffer, as the newest of `branch`."""
         self.buffer(branch, feature, step).copy_(feature)
 
-    def usable(self, branch: int, x: Tensor, before: int | None = None) -> bool:
-        """True if a feature is stored, and all that are belong to a stream of x's shape.
-
-        before: and if the newest was computed at an earlier step than this one.
-        """
+    def has(self, branch: int, before: int | None = None) -> bool:
+        """True if a feature is stored; before: and the newest was computed at an earlier step than this."""
         history = self._slots.get(branch)
-        if not history or any(slot.tensor.shape != x.shape for slot in history):
-            return False
-        return before is None or history[0].step < before
+        return bool(history) and (before is None or history[0].step < before)
 
     def feature(self, branch: int, back: int = 0, device: torch.device | None = None) -> Tensor:
         """A stored feature, 0 = the newest; moved to `device` if the model's block has moved there."""

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KEPT = 2  # generations whose times are kept
+MOST = 4096  # calls of a kind in one generation, if a sampler never ends it
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Summary:
 class Generation:
     """Spans of the calls of one generation, by step kind; those slowed by counting apart."""
 
-    times: dict[str, list] = field(default_factory=dict)
-    counted: dict[str, list] = field(default_factory=dict)
+    times: dict[str, deque] = field(default_factory=dict)
+    counted: dict[str, deque] = field(default_factory=dict)
 
 
 class Recorder:
@@ -145,7 +146,7 @@ class Recorder:
         if ended is not None:
             generation = self._kept[-1]
             spans = generation.times if counted is None else generation.counted
-            spans.setdefault(kind, []).append((begun, ended))
+            spans.setdefault(kind, deque(maxlen=MOST)).append((begun, ended))
 
     def summary(
         self, policy: str, backend: str, ideal_speedup: float, generations: int, restarted: int, unproven: int

@@ -15,13 +15,15 @@ from fastcache import backends
 from fastcache.backends.constants import Constants
 from fastcache.backends.index_errors import IndexWatch
 from fastcache.engine.calls import Arrival, Calls, Key
+from fastcache.engine.device_check import DeviceCheck
 from fastcache.engine.index_check import devices_of, raise_index_errors
 from fastcache.engine.installation import Installation, installed_in, restore_all
-from fastcache.engine.modulation.table import Announcement, ConditionCheck, checked_timesteps
+from fastcache.engine.modulation.table import Announcement, checked_timesteps
 from fastcache.engine.record import OperatorCount, Recorder, Summary
-from fastcache.engine.trunk import ModelCall, Trunk
+from fastcache.engine.trunk import Candidates, ModelCall, Trunk
 from fastcache.errors import HostError, ScheduleError, SessionError
 from fastcache.hosts import Host, Proof, recognise
+from fastcache.plan.layout import Layout
 from fastcache.plan.schedule import Schedule
 from fastcache.plan.step import StepPlan
 from fastcache.policies import POLICIES, Policy
@@ -133,7 +135,7 @@ class Session:
         self._observer, self._history = observer, history
         self.tokens: dict[int, dict[int, Tensor]] = {}
         self._constants, self._watch = Constants(), IndexWatch()
-        self._proof, self._check = Proof(self.host), ConditionCheck()
+        self._proof, self._check = Proof(self.host), DeviceCheck()
         self._trunk = Trunk(
             self.host, feature_dtype=feature_dtype, compile=compile, proof=self._proof, check=self._check
         )
@@ -157,6 +159,12 @@ class Session:
         """The plan of the current generation."""
         return self._schedule
 
+    @property
+    def current_step(self) -> int:
+        """The step (execution index) of the last model call, or of the next one if it had all of its
+        calls."""
+        return self._calls.step
+
     def _plan_generations(self, num_steps: int | None) -> None:
         layout = self.host.layout()
         if isinstance(self._policy, Schedule):
@@ -167,7 +175,7 @@ class Session:
                     f" schedule for {num_steps} steps"
                 )
             _check_branches(schedule, self.host)
-            self._candidates: tuple[StepPlan, ...] = ()
+            self._candidates: Candidates = ()
         elif isinstance(self._policy, Policy):
             if num_steps is None:
                 raise ValueError(
@@ -175,12 +183,17 @@ class Session:
                 )
             num_steps = positive_steps(num_steps)
             schedule = self._policy.schedule(num_steps, layout)
-            self._candidates = tuple(self._policy.candidates(num_steps, layout))
+            self._candidates = self._candidates_for(num_steps, layout)
         else:
             raise TypeError(_no_policy(self._policy))
         self._schedule = schedule
         self._trunk.follow(schedule, self._candidates, self._history)
         self._calls.plan(schedule.num_steps)
+
+    def _candidates_for(self, num_steps: int, layout: Layout) -> Candidates:
+        """What may be decided; None, anything, of a policy that decides and names nothing."""
+        named = tuple(self._policy.candidates(num_steps, layout))
+        return None if self._decides and not named else named
 
     def _planned_for(self, tokens: int, arrival: Arrival) -> StepPlan:
         """The step's plan where samples have another number of tokens than the schedule was made for."""
@@ -195,7 +208,7 @@ class Session:
             return self._decide(arrival)
         layout = self.host.layout(tokens)
         self._schedule = self._policy.schedule(self._schedule.num_steps, layout)
-        self._candidates = tuple(self._policy.candidates(self._schedule.num_steps, layout))
+        self._candidates = self._candidates_for(self._schedule.num_steps, layout)
         self._trunk.adopt(self._schedule, self._candidates, self._history)
         self._decided.clear()
         return self._decide(arrival)
@@ -269,7 +282,7 @@ class Session:
         finally:
             self._free()
         for device in self._trunk.devices:
-            self._watch.watch(device)
+            self._watch.add(device)
         raise_index_errors(self._watch, error)
         if kind is not None:
             return
@@ -468,7 +481,7 @@ class Session:
                 self._announcement = None  # it was of the generation that was given up
             else:
                 self._announced_before = True
-                self._announcement.refresh()
+                self._announcement.refresh(self._check)
                 self._note_table()
 
     def _end_generation(self) -> None:

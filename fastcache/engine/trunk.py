@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastcache.engine.calls import Key
+from fastcache.engine.device_check import Claim, DeviceCheck
 from fastcache.engine.features import TRUNK, FeatureStore
 from fastcache.engine.modulation.gate_bank import GateBank
-from fastcache.engine.modulation.table import Announcement, ConditionCheck
+from fastcache.engine.modulation.table import Announcement
 from fastcache.engine.modulation.vectors import BankedGates, BlockVectors, HostVectors, OnlyGates, TableRows
 from fastcache.engine.tokens.selector import TokenSelector
 from fastcache.engine.tokens.tap import AttentionTap
 from fastcache.errors import HostError, SessionError
 from fastcache.hosts import Host, HostBranch, Proof, fused_norm
-from fastcache.ops import Norm, SlotMap
+from fastcache.ops import Norm, SlotMap, relative_error
 from fastcache.plan.actions import Action, Kind
 from fastcache.plan.forecast import forecast_weights
 from fastcache.plan.schedule import Schedule
@@ -27,6 +28,7 @@ from fastcache.plan.step import StepPlan, full_step
 from fastcache.stream import Deferred, ResidualStream
 from fastcache.stream.residual_stream import tensor_version
 
+Candidates = tuple[StepPlan, ...] | None  # what may be decided besides the schedule; None: anything
 Planner = Callable[[int], StepPlan]  # the step's plan for another number of tokens
 
 
@@ -65,7 +67,7 @@ class Trunk:
         feature_dtype: torch.dtype | None,
         compile: bool,
         proof: Proof,
-        check: ConditionCheck,
+        check: DeviceCheck,
     ) -> None:
         self._host, self._proof, self._check = host, proof, check
         self._dtype, self._compile = feature_dtype, compile
@@ -79,36 +81,38 @@ class Trunk:
         self._stores: dict[Key, FeatureStore] = {}
         self._selectors: dict[Key, TokenSelector] = {}
         self._orders: dict[Key, tuple[int, ...]] = {}  # of blocks, at the last call that ran the trunk
+        self._entries: dict[Key, tuple] = {}  # shape and dtype of x at the last call that ran the trunk
         self.devices: set[torch.device] = set()  # on which blocks have run
         self._handed: weakref.WeakSet[Deferred] = weakref.WeakSet()
         self._forget_call()
 
-    def follow(self, schedule: Schedule, candidates: tuple[StepPlan, ...], history: int = 1) -> None:
+    def follow(self, schedule: Schedule, candidates: Candidates, history: int = 1) -> None:
         """The schedule of the coming steps, what else may be decided, and how many features of a branch to
         keep at least.
         """
         self._adopt(schedule, candidates, history)
         self.clear()
 
-    def adopt(self, schedule: Schedule, candidates: tuple[StepPlan, ...], history: int = 1) -> None:
+    def adopt(self, schedule: Schedule, candidates: Candidates, history: int = 1) -> None:
         """As `follow`, in the middle of a generation: what is stored stays."""
         before = self._refreshed
         self._adopt(schedule, candidates, history)
         if before != self._refreshed:
             self._selectors.clear()
 
-    def _adopt(self, schedule: Schedule, candidates: tuple[StepPlan, ...], history: int) -> None:
-        occurring = (*schedule.steps, *candidates)
+    def _adopt(self, schedule: Schedule, candidates: Candidates, history: int) -> None:
+        occurring = (*schedule.steps, *(candidates or ()))
         self._schedule, self._layout = schedule, schedule.layout
-        self._skips = any(step.skip for step in occurring)
+        anything = candidates is None
+        self._skips = anything or any(step.skip for step in occurring)
         self._refreshed = frozenset(
             index
             for step in occurring
             for index, action in enumerate(step.actions)
-            if action.kind is Kind.REFRESH
+            if action.kind is Kind.REFRESH or (anything and schedule.selection is not None)
         )
         orders = [action.order or 0 for step in occurring for action in step.actions]
-        self._depth = max(history, 1 + max(orders, default=0))
+        self._depth = max(history, 1 + max(orders, default=0), 2 if anything else 1)
         self._score: Score | None = (
             schedule.selection.score if self._refreshed and schedule.selection else None
         )
@@ -118,6 +122,8 @@ class Trunk:
         if plan.skip and not self._skips:
             return "skips the trunk"
         for index, action in enumerate(plan.actions):
+            if action.kind is Kind.REFRESH and self._schedule.selection is None:
+                return "refreshes tokens without a selection in its schedule that says how they are chosen"
             if action.kind is Kind.REFRESH and index not in self._refreshed:
                 branch = self._layout.branches[index]
                 return f"refreshes {branch.name} of block {branch.block}"
@@ -151,6 +157,7 @@ class Trunk:
         self._stores.clear()
         self._selectors.clear()
         self._orders.clear()
+        self._entries.clear()
         self._bank.clear()
         self._handed.clear()
         self._forget_call()
@@ -177,6 +184,7 @@ class Trunk:
         self._tip: Deferred | None = None
         self._memo: dict = {}
         self._checked_condition: tuple[Tensor | None, int | None] = (None, None)
+        self._first_condition: tuple[Tensor, Tensor] | None = None  # and a copy
         self._ran: list[int] = []
 
     def open(self, call: ModelCall) -> None:
@@ -197,7 +205,7 @@ class Trunk:
             )
         if call.key not in self._selectors:
             self._selectors[call.key] = TokenSelector(self._schedule.selection, sorted(self._refreshed))
-        self._selectors[call.key].begin_step(call.sample)
+        self._selectors[call.key].begin_step()
         return self._selectors[call.key]
 
     def close(self) -> CallOutcome:
@@ -212,6 +220,7 @@ class Trunk:
                     f"blocks: block {self._ran[-1]} ran after blocks[{len(self._blocks) - 1}], so the plan's"
                     " skipped steps would not know where the trunk ends; use a policy that skips no step"
                 )
+        self._check_unwritten()
         self._stream = self._tip = None
         for deferred in list(self._handed):
             deferred.materialised()
@@ -219,11 +228,19 @@ class Trunk:
         self._memo = {}
         return CallOutcome(self._plan.kind, self._recomputed)
 
+    def _check_unwritten(self) -> None:
+        """In inference mode PyTorch does not tell whether a condition was written between blocks: compare."""
+        first = self._first_condition
+        if first is not None and (self._call.announcement is not None or "bank" in self._memo):
+            tensor, copy = first
+            error = relative_error([copy[:, None]], [tensor.to(copy.dtype)[:, None]])
+            self._check.note(Claim.UNWRITTEN, self._step, error, 1e-6)
+
     def block(self, number: int, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Run one block: queue its branches; the last block, or one with hooks, applies them."""
         x, condition = self._host.block_inputs(args, kwargs)
         if not self._ran:
-            self._prepare(x)
+            self._prepare(x, condition)
         self._ran.append(number)
         self.devices.add(x.device)
         self._require_announced(condition)
@@ -280,7 +297,15 @@ class Trunk:
                 stream.add(self._stored(stream, index), gate, gate_row=row)
 
     def _stored(self, stream: ResidualStream, index: int, back: int = 0) -> Tensor:
-        return self._store.feature(index, back, stream.base.device)
+        feature = self._store.feature(index, back, stream.base.device)
+        if feature.shape != stream.base.shape:
+            branch = self._layout.branches[index]
+            raise SessionError(
+                f"blocks[{branch.block}].{branch.name}: the stream is {list(stream.base.shape)} there, its"
+                f" stored feature {list(feature.shape)}, though the first block got what it had got; call"
+                " session.reset() where the model changes the tokens of its blocks"
+            )
+        return feature
 
     def _modulated(
         self, stream: ResidualStream, vectors: BlockVectors, branch: HostBranch, rows: SlotMap | None = None
@@ -382,24 +407,31 @@ class Trunk:
 
     # -- before the first block -------------------------------------------------------------------------
 
-    def _prepare(self, x: Tensor) -> None:
+    def _prepare(self, x: Tensor, condition: Tensor) -> None:
         """Recompute, never broadcast: a plan whose features are missing or of another shape runs in full."""
         self._trunk_at = 0
+        if condition.is_inference():
+            self._first_condition = condition, condition.clone()
         tokens = x.shape[1]
         if tokens != self._layout.tokens:
             self._plan = self._call.planner(tokens)
-        if not all(self._is_usable(index, action, x) for index, action in enumerate(self._plan.actions)) or (
-            self._plan.skip and not self._store.usable(TRUNK, x)
-        ):
+        entry = (x.shape, x.dtype)
+        fits = self._entries.get(self._call.key) == entry
+        if not all(
+            self._is_usable(index, action, fits) for index, action in enumerate(self._plan.actions)
+        ) or (self._plan.skip and not (fits and self._store.has(TRUNK))):
             self._plan = full_step(self._layout)
             self._recomputed = True
+        self._entries[self._call.key] = entry
         if self._selector is not None:
+            if self.draws:
+                self._selector.see(self._call.sample, condition)
             self._prepare_selection(x)
 
-    def _is_usable(self, index: int, action: Action, x: Tensor) -> bool:
+    def _is_usable(self, index: int, action: Action, fits: bool) -> bool:
         if action.kind is Kind.COMPUTE or self._plan.skip:
             return True
-        return self._store.usable(index, x, self._step if action.kind is Kind.FORECAST else None)
+        return fits and self._store.has(index, self._step if action.kind is Kind.FORECAST else None)
 
     def _prepare_selection(self, x: Tensor) -> None:
         """Ages of what is computed start again; where scores are known already, all choices are made here."""
@@ -427,7 +459,8 @@ class Trunk:
         if announcement is None or self._same_condition(self._checked_condition, condition):
             return
         self._checked_condition = condition, tensor_version(condition)
-        self._check.note(self._step, announcement.error(self._step, condition), announcement.tolerance)
+        error = announcement.error(self._step, condition)
+        self._check.note(Claim.CONDITIONS, self._step, error, announcement.tolerance)
 
     @staticmethod
     def _same_condition(known: tuple[Tensor | None, int | None], condition: Tensor) -> bool:

@@ -187,8 +187,10 @@ class DiTHost(Host):
             raise SessionError(
                 f"conditions: this DiT has no {' and '.join(absent)}; begin without timesteps and conditions"
             )
-        device = next(self.model.parameters()).device
-        y = conditions["y"].to(device)
+        y = conditions["y"]
+        parameter = next(self.model.parameters())
+        device = y.device if parameter.is_meta else parameter.device  # an offloaded module moves what it gets
+        y = y.to(device)
         # one call for all steps: [S] timesteps, then [B] labels, broadcast to [S, B, D]
         time = self.model.t_embedder(timesteps.to(device))
         label = _embed_labels(self.model.y_embedder, y)

@@ -88,7 +88,13 @@ class Proof:
                 h = h * (1 + vectors[:, branch.scale])
             if branch.shift is not None:
                 h = h + vectors[:, branch.shift]
-            feature = branch.body(h)
+            try:
+                feature = branch.body(h)
+            except TypeError as error:
+                raise HostError(
+                    f"{type(block).__name__}.{branch.name}: its forward does not take one tensor [B, N, D]:"
+                    f" {error}"
+                ) from error
             if not isinstance(feature, Tensor) or feature.shape != x.shape:
                 raise HostError(
                     f"{type(block).__name__}.{branch.name}: expected one tensor {list(x.shape)}, got"

@@ -7,13 +7,15 @@ which at small batches costs more than the trunk. Within a generation the copies
 a weight is another tensor or its counter moved (LoRA merges, loading, offloading, `.to()`).
 """
 
+import operator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcache.hosts import GateProjection, Host
+from fastcache.hosts.base import HOOKS
 
 MOST_BYTES = 512 << 20  # of copied weights; beyond, gates are computed block by block
 
@@ -36,6 +38,8 @@ class GateBank:
         self._projections: list[GateProjection | None] | None = None
         self._activated: tuple[Tensor | None, Tensor | None] = (None, None)
         self._fresh = False  # the copies are of this generation
+        self._modules: list[nn.Module] = []
+        self._hooks: list[dict] = []  # of all modulations: empty while they are plain
 
     @property
     def nbytes(self) -> int:
@@ -62,14 +66,20 @@ class GateBank:
     def clear(self) -> None:
         """Free the copies."""
         self._projections, self._copies, self._fresh = None, None, False
+        self._modules, self._hooks = [], []
         self._activated = (None, None)
 
     def gates(self, condition: Tensor) -> Tensor | None:
         """None where the host's projections are not plain, or there would be nothing to save."""
         if condition.ndim != 2 or torch.is_autocast_enabled(condition.device.type):
             return None
-        if self._projections is None:
+        modules = self._host.modulators()
+        if self._projections is None or any(self._hooks) or any(map(operator.is_not, modules, self._modules)):
             self._projections = [self._host.gate_projection(block) for block in self._host.blocks]
+            self._modules = modules
+            self._hooks = [
+                part.__dict__[name] for module in modules for part in module.modules() for name in HOOKS
+            ]
         projections = self._projections
         if len(projections) < 2 or any(projection is None for projection in projections):
             return None

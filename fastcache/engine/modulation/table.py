@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcache.engine.calls import HostTime, Time
+from fastcache.engine.device_check import Claim, DeviceCheck
 from fastcache.errors import SessionError
 from fastcache.hosts import Host
 from fastcache.ops import relative_error
@@ -41,17 +42,25 @@ class Announcement:
         on_host = timesteps.device.type == "cpu"
         self._times: list[HostTime] | None = [float(t) for t in timesteps.tolist()] if on_host else None
         self._circumstances = circumstances(host)
-        self.table = build_table(host, timesteps, conditions)
+        self._make()
         self._rows: dict[torch.device, Tensor] = {}
         self._step = -1
 
-    def refresh(self) -> None:
+    def refresh(self, check: DeviceCheck) -> None:
         """The generation begins: the table is made again if weights or autocast are no longer as they
         were."""
         now = circumstances(self._host)
         if now != self._circumstances:
             self._circumstances = now
-            self.table = build_table(self._host, self._timesteps, self._conditions)
+            self._make()
+            return
+        weights = fingerprint(self._host)
+        if self._weights is not None and weights is not None:
+            check.note(Claim.WEIGHTS, 0, (weights - self._weights).abs() / self._weights, 1e-6)
+
+    def _make(self) -> None:
+        self.table = build_table(self._host, self._timesteps, self._conditions)
+        self._weights = fingerprint(self._host)
 
     def require_time(self, step: int, t: object) -> None:
         """SessionError if t, where it is on the host, is not what was announced for this step."""
@@ -92,45 +101,6 @@ class Announcement:
         return self._rows[device]
 
 
-class ConditionCheck:
-    """Errors of announced conditions, on the device, until somebody reads them."""
-
-    def __init__(self) -> None:
-        self._now: dict[int, Tensor] = {}
-        self._tolerance = 0.0
-        self._worst: Tensor | None = None  # of the generations before, as a multiple of what is tolerated
-
-    def note(self, step: int, error: Tensor, tolerance: float) -> None:
-        """What a step found."""
-        self._now[step], self._tolerance = error, tolerance
-
-    def begin(self) -> None:
-        """A generation begins: of those before, the worst error is kept."""
-        if self._now:
-            found = torch.cat([error.flatten() for error in self._now.values()]).amax() / self._tolerance
-            self._worst = found if self._worst is None else torch.maximum(self._worst, found)
-            self._now = {}
-
-    def read(self) -> None:
-        """SessionError naming the steps whose conditions were not those announced. Waits for the device."""
-        now, worst = self._now, self._worst
-        self._now, self._worst = {}, None
-        errors = torch.cat([error.flatten() for error in now.values()]).tolist() if now else []
-        wrong = [step for step, error in zip(now, errors, strict=True) if not error <= self._tolerance]
-        if wrong:
-            some = ", ".join(map(str, wrong[:6])) + (" ..." if len(wrong) > 6 else "")
-            where = f"at step {some} (by {max(errors):.2g} of their size)"
-        elif worst is not None and not float(worst) <= 1.0:
-            where = "in an earlier generation of this session"
-        else:
-            return
-        raise SessionError(
-            "begin: the timesteps or conditions that were announced are not those that the model was called"
-            f" with {where}, so the outputs are wrong; pass what the model gets (t at each step, y of the"
-            " whole batch), or begin without them"
-        )
-
-
 @torch.no_grad()
 def build_table(host: Host, timesteps: Tensor, conditions: dict[str, Tensor]) -> ModulationTable:
     """Run the host's embedders and modulation modules over all steps, chunk by chunk."""
@@ -162,9 +132,23 @@ def checked_timesteps(timesteps: Tensor, num_steps: int) -> Tensor:
 
 def circumstances(host: Host) -> tuple:
     """What a table depends on besides its arguments: autocast, and the weights of the modulations."""
-    device = next(host.model.parameters()).device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in devices)
     return autocast, tuple(_state(module) for module in host.modulators())
+
+
+@torch.no_grad()
+def fingerprint(host: Host) -> Tensor | None:
+    """Norms of the weights that modulations come from, on the device; None where they are elsewhere.
+
+    Counters of writes do not see everything (`weight.data.mul_()`).
+    """
+    weights = [p for module in host.modulators() for p in module.parameters() if p.is_floating_point()]
+    if not weights or any(p.device != weights[0].device or p.is_meta for p in weights):
+        return None
+    return torch.stack([norm.float() for norm in torch._foreach_norm([p.detach() for p in weights])]).sum()[
+        None
+    ]
 
 
 def _state(module: nn.Module) -> tuple:

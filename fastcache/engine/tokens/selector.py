@@ -28,7 +28,6 @@ class TokenSelector:
         self._ages: Tensor | None = None
         self._generators: tuple[torch.Generator, torch.Generator] | None = None
         self._guided: Tensor | None = None  # on the device: whether both halves of the batch show one picture
-        self._sample: Tensor | None = None
         self._chosen: dict[int, SlotMap] = {}
 
     def restart(self, branches: Sequence[int], x: Tensor) -> None:
@@ -41,7 +40,8 @@ class TokenSelector:
             or self._ages.device != x.device
             or len(rows) == len(self._rows)
         ):
-            self._ages = torch.zeros(len(self._rows), B, N, dtype=torch.int32, device=x.device)
+            with torch.inference_mode(False):  # so that it can be written in any mode
+                self._ages = torch.zeros(len(self._rows), B, N, dtype=torch.int32, device=x.device)
             return
         for first, last in runs(rows):
             self._ages[first:last].zero_()
@@ -97,10 +97,22 @@ class TokenSelector:
         """This step's choice for a branch, None where it chose nothing."""
         return self._chosen.get(branch)
 
-    def begin_step(self, sample: Tensor | None) -> None:
-        """Forget the choices of the step before. sample: the latents [B, ...] that the model got."""
+    def begin_step(self) -> None:
+        """Forget the choices of the step before."""
         self._chosen.clear()
-        self._sample = sample
+
+    def see(self, sample: Tensor, condition: Tensor) -> None:
+        """The latents [B, ...] that the model got and the condition [B, C] of its blocks, once a generation:
+        a batch whose halves have equal latents and other conditions is guided. Nothing is read.
+        """
+        if self._guided is not None:
+            return
+        B, half = condition.shape[0], condition.shape[0] // 2
+        if half == 0 or B % 2 or not isinstance(sample, Tensor) or sample.shape[:1] != (B,):
+            self._guided = torch.zeros((), dtype=torch.bool, device=condition.device)
+            return
+        alike = (sample[:half] == sample[half:]).all().to(condition.device)
+        self._guided = alike & (condition[:half] != condition[half:]).any()
 
     def begin_generation(self) -> None:
         """Random numbers start over."""
@@ -136,8 +148,8 @@ class TokenSelector:
         return taken
 
     def _drawn(self, rows: dict[int, int], B: int, N: int, device: torch.device) -> Tensor | None:
-        """Uniform numbers [L, B, N] of this step: the same for both halves of a batch that is guided, that is
-        whose halves were given the same latents; independent for the images of every other batch.
+        """Uniform numbers [L, B, N] of this step: the same for both halves of a guided batch, independent for
+        the images of every other one.
         """
         if self._selection.score not in (Score.RANDOM, Score.COMPRESS):
             return None
@@ -150,20 +162,9 @@ class TokenSelector:
         half = B // 2
         first = torch.rand(len(self._rows), B - half, N, device=device, generator=self._generators[0])
         second = torch.rand(len(self._rows), half, N, device=device, generator=self._generators[1])
-        if half == 0 or B % 2:
+        if self._guided is None or half == 0 or B % 2:
             return torch.cat([first, second], 1)
-        return torch.cat([first, torch.where(self._is_guided(B, device), first, second)], 1)
-
-    def _is_guided(self, B: int, device: torch.device) -> Tensor:
-        """[] bool on the device, found once a generation: nothing is read."""
-        if self._guided is None:
-            sample = self._sample
-            alike = isinstance(sample, Tensor) and sample.ndim > 1 and sample.shape[0] == B
-            if alike:
-                self._guided = (sample[: B // 2] == sample[B // 2 :]).all().to(device)
-            else:
-                self._guided = torch.zeros((), dtype=torch.bool, device=device)
-        return self._guided
+        return torch.cat([first, torch.where(self._guided.to(device), first, second)], 1)
 
 
 def token_grid_side(tokens: int, cell: int) -> int:

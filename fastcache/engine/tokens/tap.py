@@ -109,7 +109,10 @@ class AttentionTap(TorchFunctionMode):
     def _unpack(self) -> None:
         heads = getattr(self._body, "num_heads", getattr(self._body, "heads", None))
         packed = self._packed
-        if not isinstance(packed, Tensor) or packed.ndim != 3 or not heads or packed.shape[-1] % (3 * heads):
+        form = (self._batch, self._tokens)
+        if not isinstance(packed, Tensor) or packed.ndim != 3 or packed.shape[:2] != form:
+            heads = None  # windows, registers, another layout: not the stream's own tokens
+        if not heads or packed.shape[-1] % (3 * heads):
             raise HostError(
                 f"{self._name}: no queries and keys to score tokens with: it neither calls"
                 " torch.nn.functional.scaled_dot_product_attention over its tokens nor has a packed `qkv`"
