@@ -251,12 +251,14 @@ NAME = "import torch, fastcache; print(fastcache.backends.chosen_name(torch.devi
 
 
 @pytest.mark.parametrize(("value", "expected"), [("eager", "eager"), (FIRST, FIRST), ("", FIRST)])
+@pytest.mark.slow
 def test_the_environment_forces_a_backend(value: str, expected: str) -> None:
     assert succeeds(
         NAME, FASTCACHE_BACKEND=value, FASTCACHE_NO_COMPILED=os.environ.get("FASTCACHE_NO_COMPILED", "")
     ).split() == [expected]
 
 
+@pytest.mark.slow
 def test_a_block_overrides_the_environment_and_threads_inherit_it() -> None:
     succeeds(
         f"""
@@ -274,12 +276,14 @@ assert seen == ["eager"], seen
     )
 
 
+@pytest.mark.slow
 def test_an_unknown_name_in_the_environment_is_an_error_at_import() -> None:
     assert "BackendError: FASTCACHE_BACKEND: expected one of cpp, cuda, triton, eager, got 'fast'" in fails(
         NAME, FASTCACHE_BACKEND="fast"
     )
 
 
+@pytest.mark.slow
 def test_an_unavailable_name_in_the_environment_is_an_error_with_its_reason() -> None:
     error = fails(NAME, FASTCACHE_BACKEND="cpp", FASTCACHE_NO_COMPILED="1")
     assert (

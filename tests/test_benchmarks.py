@@ -255,6 +255,7 @@ def test_speedups_beyond_ideal_are_explained_by_a_step_or_are_noise() -> None:
     assert "noise: 2.60 by wall" in method_notes([host, method("A", 2.6, 2.0, [kind(0.5, 1.0, 20)])])[0]
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_numbers_tables_and_picture(tmp_path, capsys) -> None:
     main(["--quick", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "bench.json").read_text())

@@ -52,6 +52,7 @@ def generated(model: DiT, original: Original, steps: int = STEPS) -> tuple[list[
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.slow
 def test_original_toca_and_duca_equal_the_recorded_outputs(name: str) -> None:
     model, case = golden_model(), load_case(name)
     calls = list(case.calls())

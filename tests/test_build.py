@@ -147,6 +147,7 @@ def test_the_library_contains_no_path_of_the_machine_that_built_it():
 
 @needs_nm
 @pytest.mark.parametrize("capability", ["avx512", "avx2"])
+@pytest.mark.slow
 def test_kernels_share_no_inline_function_with_other_instruction_sets(capability, tmp_path):
     if not re.match("x86_64|AMD64", os.uname().machine):
         pytest.skip("only x86-64 has several instruction sets here")
@@ -175,6 +176,7 @@ def test_kernels_share_no_inline_function_with_other_instruction_sets(capability
 # --- building ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_package_and_its_libraries_and_works_where_it_is_unpacked(sources, tmp_path):
     run(
         [
@@ -198,17 +200,20 @@ def test_a_wheel_holds_the_package_and_its_libraries_and_works_where_it_is_unpac
         archive.extractall(tmp_path / "unpacked")
         assert archive.read("fastcache/backends/schema.def") == (ROOT / "csrc" / "schema.def").read_bytes()
     assert "fastcache/lib/libfastcache_cpu.so" in names
+    assert "fastcache/py.typed" in names  # type checkers of those who install it read our annotations
     kernels = {f"fastcache/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastcache"}
     assert Path(succeeds(SMOKE, folder=tmp_path / "unpacked").strip()).is_relative_to(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_source_tree_works_after_an_in_place_build(sources):
     run([sys.executable, "setup.py", "build_ext", "--inplace"], sources, CMAKE_ARGS=FAST, FASTCACHE_CUDA="0")
     assert Path(succeeds(SMOKE, folder=sources).strip()).is_relative_to(sources)
 
 
+@pytest.mark.full
 def test_an_editable_install_works_from_anywhere(sources, tmp_path):
     environment = tmp_path / "environment"
     venv.create(environment, symlinks=True, with_pip=False)
@@ -238,6 +243,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 @pytest.mark.parametrize("value", ["yes", "2"])
+@pytest.mark.slow
 def test_an_unknown_value_of_fastcache_cuda_is_refused(value, tmp_path):
     done = subprocess.run(
         [
@@ -256,6 +262,7 @@ def test_an_unknown_value_of_fastcache_cuda_is_refused(value, tmp_path):
     assert f"FASTCACHE_CUDA: expected 1, 0 or auto, got {value}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_build_says_what_it_skipped_and_why(tmp_path):
     told = run(
         [cmake(), "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", "-DFASTCACHE_CUDA=0"]

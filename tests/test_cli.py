@@ -200,6 +200,7 @@ def test_sample_refuses_what_it_does_not_know(tmp_path, checkpoint, arguments, m
     assert message in refused("sample", "--checkpoint", checkpoint, "--out", tmp_path / "out", *arguments)
 
 
+@pytest.mark.slow
 def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("fastcache.workshop.studies.demo.PICTURES", range(6))
     report = run_demo(tmp_path, rounds=1, sampler=Sampler(steps=8, batch_size=3))
@@ -232,6 +233,7 @@ def test_demo_writes_pictures_plans_and_numbers(tmp_path, monkeypatch):
         assert steps[name][kind].ops < steps[name]["full"].ops
 
 
+@pytest.mark.full
 def test_quality_keeps_the_pictures_of_finished_settings(tmp_path, monkeypatch):
     settings = (SETTINGS[0], SETTINGS[2])
     monkeypatch.setattr("fastcache.workshop.studies.quality.SETTINGS", settings)

@@ -106,6 +106,7 @@ def test_stable_audio_equals_the_original_at_every_step() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_dit_runs_on_the_engine_and_equals_the_original() -> None:
     host, case = golden_model(), load_case("dit_smoothcache_018")
     cache = DiTCacheHelper(host, case.config["schedule"])

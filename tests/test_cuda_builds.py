@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from nvcc import MISSING, NVCC, Kernel, compiled, run
 from processes import ROOT
+from tiers import thinned
 
 from fastcache.backends import library
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason=MISSING)]
 
 # kernel, template arguments, most registers; aligned kernels read 16 bytes at once
 BF16, FP32 = "Type::kBFloat16", "Type::kFloat32"
@@ -34,7 +35,9 @@ REPRESENTATIVE = {
     "rows fp32 5120": ("row_kernel", (FP32, 256, 5, 4, 64), 128),
 }
 UNALIGNED = {"sum bf16, unaligned": ("sum_kernel", (BF16, "true", 1, 4, 64), 80)}
-each_architecture = pytest.mark.parametrize("architecture", [80, 90, 100], indirect=True, ids="sm_{}".format)
+each_architecture = pytest.mark.parametrize(
+    "architecture", thinned([80, 90, 100], [90]), indirect=True, ids="sm_{}".format
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def test_loads_of_the_next_term_are_issued_before_this_one_is_added(architecture
     assert before.count("LDG.E.EF.128") == 8, "four rows of this term and four of the next"
 
 
+@pytest.mark.full
 def test_the_cuda_library_builds_and_links_against_any_pytorch(tmp_path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")

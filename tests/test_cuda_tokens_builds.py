@@ -4,8 +4,9 @@ loads.
 
 import pytest
 from nvcc import MISSING, NVCC, Kernel, compiled
+from tiers import thinned
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason=MISSING)]
 
 BF16, FP32 = "Type::kBFloat16", "Type::kFloat32"
 # kernel with its template arguments, its parameter, most registers, fewest 16-byte loads
@@ -29,7 +30,7 @@ FORMS = {
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100], ids="sm_{}".format)
+@pytest.fixture(scope="module", params=thinned([80, 90, 100], [90]), ids="sm_{}".format)
 def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
     """Every form, compiled for one architecture."""
     made = [

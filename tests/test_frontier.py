@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import thinned
 
 pytest.importorskip("typer")
 pytest.importorskip("diffusers")
@@ -134,6 +135,7 @@ def four(**goodness: tuple[float, float]) -> list[FrontierRow]:
 # -- end to end -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tiny_frontier_writes_json_csv_markdown_and_plot(tmp_path):
     result = CliRunner().invoke(app, ["frontier", "--tiny", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -158,6 +160,7 @@ def test_the_tiny_frontier_writes_json_csv_markdown_and_plot(tmp_path):
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_only_measures_what_is_named_and_says_what_is_missing(tmp_path):
     report = measured(tmp_path, only=("taylorseer",))
     assert [entry.setting for entry in report.rows] == ["uncached", "TaylorSeer 2"] and report.missing == [
@@ -199,6 +202,7 @@ def test_every_setting_of_the_default_grid_has_a_file_of_its_own():
 # -- resuming ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, sampled):
     original = measuring.Sampler.run
 
@@ -221,12 +225,14 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, sampled):
     assert not list(tmp_path.rglob("partial-*"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_samples_nothing_again_and_reports_the_same(tmp_path, sampled):
     first = measured(tmp_path)
     sampled.clear()
     assert measured(tmp_path) == first and sampled == []
 
 
+@pytest.mark.full
 def test_a_changed_setting_is_measured_again_and_the_others_are_not(tmp_path, sampled):
     measured(tmp_path)
     changed = replace(
@@ -244,13 +250,18 @@ def test_a_changed_setting_is_measured_again_and_the_others_are_not(tmp_path, sa
 
 
 @pytest.mark.parametrize(
-    "change", [{"pictures": 6}, {"sampler": replace(SMALL.sampler, seed=1)}, {"comparisons": 2}]
+    "change",
+    thinned(
+        [{"pictures": 6}, {"sampler": replace(SMALL.sampler, seed=1)}, {"comparisons": 2}], [{"pictures": 6}]
+    ),
 )
+@pytest.mark.slow
 def test_results_of_other_options_are_stale(tmp_path, change):
     measured(tmp_path, only=("uncached",))
     assert plan_frontier(tmp_path, replace(SMALL, **change)).grid[0].state == "stale"
 
 
+@pytest.mark.full
 def test_results_of_another_version_are_stale(tmp_path, monkeypatch):
     measured(tmp_path, only=("uncached",))
     monkeypatch.setattr("fastcache.workshop.environment.__version__", "0.0.0")
@@ -272,6 +283,7 @@ def test_a_result_without_its_record_is_not_finished(tmp_path):
 # -- times ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_uncached_batches_come_directly_before_the_same_batch_of_the_setting(tmp_path, sampled):
     measured(tmp_path, replace(SMALL, pictures=10, comparisons=2), only=("fora",))
     fora = FORA(interval=2)

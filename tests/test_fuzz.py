@@ -122,6 +122,7 @@ def test_every_call_of_the_ledger_is_right(form: Form, backend: str) -> None:
     verify(form, backend)
 
 
+@pytest.mark.slow
 def test_random_calls_are_right() -> None:
     failing = search(verify_everywhere, SECONDS)
     if failing is not None:

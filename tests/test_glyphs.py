@@ -47,6 +47,7 @@ def test_the_shipped_dit_is_the_trained_configuration_and_says_how_to_sample_it(
     )
 
 
+@pytest.mark.slow
 def test_the_shipped_dit_predicts_the_velocity_of_unseen_pictures():
     """Its error is far below that of predicting zero: t and the largest share of the squared error that may
     be left.
@@ -123,6 +124,7 @@ def steps_of(run: Run, count: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(monkeypatch):
     losses = steps_of(small_run(monkeypatch), 150)
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])

@@ -336,6 +336,7 @@ def test_a_contender_with_wrong_values_is_not_timed_and_fails_the_stage(
     assert set(found(tmp_path)["kernels"]["cases"][0]["ran"]) == {*HOST, *COMPILED}
 
 
+@pytest.mark.slow
 def test_a_dry_run_accepts_every_real_case_and_keeps_no_times(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from processes import run_python, succeeds
+from tiers import thinned
 
 import fastcache
 from fastcache.backends import library
@@ -34,12 +35,14 @@ def test_the_widest_set_is_chosen_unasked() -> None:
     assert SETS[-1] == "default"
 
 
+@pytest.mark.slow
 def test_an_unknown_set_is_refused_by_name() -> None:
     error = run_python(LOADED, **{VARIABLE: "sse9"}).stderr
     assert "FASTCACHE_CPU_CAPABILITY: expected one of" in error and "got sse9" in error
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", thinned(SETS, SETS[-1:]))
+@pytest.mark.slow
 def test_values_lie_within_the_rounding_bounds_and_no_byte_around_is_touched(name: str) -> None:
     succeeds(
         """

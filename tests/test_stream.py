@@ -559,6 +559,7 @@ def test_the_model_below_equals_its_plain_equations(model: Model, backend: str) 
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.slow
 def test_a_model_with_residual_streams_is_one_graph_with_equal_values(compiler: str, model: Model) -> None:
     arguments, compiled = model_arguments(2), model_arguments(2)
     found = torch.compile(model, fullgraph=True, backend=compiler)(*compiled)

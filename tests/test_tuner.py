@@ -14,8 +14,8 @@ from benchmarks.timing import Effort
 from benchmarks.tune import HEURISTIC, TERMS, case_of, graph_clock, keys, main, tune, write
 from fastcache.backends import tuning
 from fastcache.backends.triton_config import SUM_CONFIGS, SumConfig, legal_row_configs, row_config
-from fastcache.backends.tuning import decoded, legal_configs, term_bucket
-from fastcache.backends.tuning_key import Key, row_bucket
+from fastcache.backends.tuning import decoded, legal_configs
+from fastcache.backends.tuning_key import Key, row_bucket, term_bucket
 
 CPU = torch.device("cpu")
 KEYS = [Key("triton.sum", "cpu", 64, "float32", terms, 2) for terms in (0, 1, 2)]

@@ -137,6 +137,7 @@ def test_a_table_can_be_named_and_switched_off(tmp_path: Path, monkeypatch: pyte
 CALL = "import torch, fastcache; fastcache.backends.tuning.ready(torch.device('cpu'))"
 
 
+@pytest.mark.slow
 def test_a_process_reads_the_table_that_its_environment_names(tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text(json.dumps(table_of(entry())))
     code = (
@@ -182,6 +183,7 @@ def backend(emulator: emulated.Emulated, monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+@pytest.mark.slow
 def test_the_launcher_takes_the_rows_of_a_table_for_calls_of_that_bucket_alone(
     emulator: emulated.Emulated, kernels: CudaKernels
 ) -> None:
@@ -207,6 +209,7 @@ def test_the_launcher_takes_the_rows_of_a_table_for_calls_of_that_bucket_alone(
     assert threads_of(emulator, form)[0] == 64 * 1152 // 8 // 256
 
 
+@pytest.mark.slow
 def test_every_legal_configuration_of_rows_computes_the_same_bits(
     emulator: emulated.Emulated, kernels: CudaKernels
 ) -> None:
@@ -223,6 +226,7 @@ def test_every_legal_configuration_of_rows_computes_the_same_bits(
     assert threads == {config: config.threads * (4 if config.threads == 32 else 1) for config in legal}
 
 
+@pytest.mark.slow
 def test_a_call_that_cannot_use_an_entry_is_left_to_the_heuristic(
     emulator: emulated.Emulated, kernels: CudaKernels
 ) -> None:
@@ -247,6 +251,7 @@ def test_a_call_that_cannot_use_an_entry_is_left_to_the_heuristic(
     ],
     ids=["rows", "alignment", "width", "too-narrow", "many-terms"],
 )
+@pytest.mark.slow
 def test_an_illegal_configuration_is_refused_with_the_legal_ones(
     key: Key, config: tuning.Config, kernels: CudaKernels
 ) -> None:
@@ -254,6 +259,7 @@ def test_an_illegal_configuration_is_refused_with_the_legal_ones(
         kernels.use(key, config, -1)
 
 
+@pytest.mark.slow
 def test_a_table_of_cuda_entries_is_checked_against_the_kernels_of_this_process(
     kernels: CudaKernels, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -272,6 +278,7 @@ def test_a_table_of_cuda_entries_is_checked_against_the_kernels_of_this_process(
     )
 
 
+@pytest.mark.slow
 def test_entries_reach_the_launcher_of_the_device_that_they_name(
     kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

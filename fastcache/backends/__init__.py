@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def choose(device: torch.device, dtype: torch.dtype, operator: str = "residual_u
     return _CHOICE.get((operator, device.type)) or _first_that_agrees(device, operator)
 
 
-def traced(dtype: torch.dtype):
+def traced(dtype: torch.dtype) -> Any:
     """What torch.compile sees: the registered operators, and plain PyTorch for float64."""
     return eager if dtype is torch.float64 else torch.ops.fastcache
 

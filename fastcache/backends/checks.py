@@ -15,20 +15,20 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def residual_update(
-    x,
-    features,
-    gates,
-    gate_index,
-    weights,
-    scales,
-    norm,
-    shift,
-    scale,
-    norm_weight,
-    norm_bias,
-    row_slots,
-    row_count,
-    reference,
+    x: Tensor,
+    features: Sequence[Tensor],
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    weights: Tensor | None,
+    scales: Tensor | None,
+    norm: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    row_slots: Tensor | None,
+    row_count: int,
+    reference: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError if the arguments of `residual_update` do not fit together."""
     _stream(x)
@@ -38,25 +38,25 @@ def residual_update(
 
 
 def residual_update_scatter(
-    x,
-    slot,
-    fresh,
-    fresh_slots,
-    features,
-    position,
-    slot_scale,
-    gates,
-    gate_index,
-    weights,
-    scales,
-    norm,
-    shift,
-    scale,
-    norm_weight,
-    norm_bias,
-    row_slots,
-    row_count,
-    reference,
+    x: Tensor,
+    slot: Tensor,
+    fresh: Tensor,
+    fresh_slots: Tensor | None,
+    features: Sequence[Tensor],
+    position: int,
+    slot_scale: Tensor | None,
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    weights: Tensor | None,
+    scales: Tensor | None,
+    norm: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    row_slots: Tensor | None,
+    row_count: int,
+    reference: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError if the arguments of `residual_update_scatter_` do not fit."""
     _stream(x)
@@ -129,7 +129,15 @@ def _stream(x: Tensor) -> None:
     _unit_stride("x", x)
 
 
-def _terms(x: Tensor, features: Sequence[Tensor], count: int, gates, gate_index, weights, scales) -> None:
+def _terms(
+    x: Tensor,
+    features: Sequence[Tensor],
+    count: int,
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    weights: Tensor | None,
+    scales: Tensor | None,
+) -> None:
     _require(count <= MAX_TERMS, f"features: at most {MAX_TERMS} terms in one call, got {count}")
     for j, feature in enumerate(features):
         _shape(f"features[{j}]", feature, tuple(x.shape))
@@ -146,7 +154,8 @@ def _terms(x: Tensor, features: Sequence[Tensor], count: int, gates, gate_index,
         _device(f"features[{j}]", feature, x)
         _unit_stride(f"features[{j}]", feature)
     if gate_index is not None:
-        _require(gates is not None, "gates: gate_index was given without gates")
+        if gates is None:
+            raise ValueError("gates: gate_index was given without gates")
         _shape("gate_index", gate_index, (count,))
         _dtype("gate_index", gate_index, torch.int32)
         _device("gate_index", gate_index, x)
@@ -174,7 +183,15 @@ def _terms(x: Tensor, features: Sequence[Tensor], count: int, gates, gate_index,
 
 
 def _epilogues(
-    x: Tensor, norm, shift, scale, norm_weight, norm_bias, row_slots, row_count, reference
+    x: Tensor,
+    norm: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    row_slots: Tensor | None,
+    row_count: int,
+    reference: Tensor | None,
 ) -> None:
     _require(
         norm in (NO_NORM, LAYER, RMS, IDENTITY),
@@ -224,7 +241,7 @@ def _vector(name: str, vector: Tensor, x: Tensor, packed: bool = False) -> None:
     _unit_stride(name, vector)
 
 
-def _shape(name: str, tensor: Tensor, shape: tuple) -> None:
+def _shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     _require(tuple(tensor.shape) == shape, f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
 
 

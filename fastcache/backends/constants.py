@@ -12,6 +12,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+Values = tuple[float, ...]
 MOST = 8192  # constants that an owner keeps; schedules need a few for each step
 
 
@@ -19,7 +20,7 @@ class Constants:
     """Device tensors by (values, dtype, device), one for each stream that uses them."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple, dict[int, Tensor]] = {}
+        self._kept: dict[tuple[Values, torch.dtype, torch.device], dict[int, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -30,7 +31,7 @@ class Constants:
         rows = [row for by_stream in self._kept.values() for row in by_stream.values()]
         return sum(row.numel() * row.element_size() for row in rows)
 
-    def row(self, values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def row(self, values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[len(values)] on the device."""
         by_stream = self._kept.get((values, dtype, device), {})
         if _capturing(
@@ -63,7 +64,7 @@ class Constants:
 _OWNER: ContextVar[Constants | None] = ContextVar("fastcache_constants", default=None)
 
 
-def constant_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant_row(values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[len(values)] of host values on a device: the owner's, else a new one. Never waits for the device."""
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=dtype, device=device)
@@ -73,14 +74,16 @@ def constant_row(values: tuple, dtype: torch.dtype, device: torch.device) -> Ten
     return held_by_graph(values, dtype, device, None) if _capturing(device) else made(values, dtype, device)
 
 
-def made(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def made(values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An upload that does not wait: from pinned memory."""
     with torch.inference_mode(False):
         row = torch.tensor(values, dtype=dtype)
         return row if device.type == "cpu" else row.pin_memory().to(device, non_blocking=True)
 
 
-def held_by_graph(values: tuple, dtype: torch.dtype, device: torch.device, uploaded: Tensor | None) -> Tensor:
+def held_by_graph(
+    values: Values, dtype: torch.dtype, device: torch.device, uploaded: Tensor | None
+) -> Tensor:
     """A constant for a CUDA graph that is being captured: kept for good, with the host memory it comes
     from."""
     if uploaded is None:

@@ -145,14 +145,18 @@ def residual_update_scatter_(
         row_count,
         reference,
     )
-    x, reference, gates, shift, scale, norm_weight, norm_bias = (
-        copied_if_overlapping(t, slot) for t in (x, reference, gates, shift, scale, norm_weight, norm_bias)
-    )
-    features, scales = (
+    x, fresh, features = (
+        copied_if_overlapping(x, slot),
+        copied_if_overlapping(fresh, slot),
         [copied_if_overlapping(feature, slot) for feature in features],
-        copied_if_overlapping(scales, slot_scale),
     )
-    store_rows_(slot, copied_if_overlapping(fresh, slot), fresh_slots, slot_scale)
+    reference, gates, shift, scale, norm_weight, norm_bias = (
+        None if t is None else copied_if_overlapping(t, slot)
+        for t in (reference, gates, shift, scale, norm_weight, norm_bias)
+    )
+    if scales is not None and slot_scale is not None:
+        scales = copied_if_overlapping(scales, slot_scale)
+    store_rows_(slot, fresh, fresh_slots, slot_scale)
     position = len(features) if position < 0 else position
     terms = [decompressed(feature, scales, j + (j >= position), x) for j, feature in enumerate(features)]
     refreshed = widened(slot, x) if slot_scale is None else widened(slot, x) * slot_scale[..., None]
@@ -178,22 +182,22 @@ def residual_update_scatter_(
 
 
 def _outputs(
-    x,
-    terms,
-    newest,
-    gates,
-    gate_index,
-    weights,
-    norm,
-    shift,
-    scale,
-    norm_weight,
-    norm_bias,
-    eps,
-    row_slots,
-    row_count,
-    reference,
-    need_x,
+    x: Tensor,
+    terms: Sequence[Tensor],
+    newest: Tensor | None,
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    weights: Tensor | None,
+    norm: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    row_slots: Tensor | None,
+    row_count: int,
+    reference: Tensor | None,
+    need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = widened(x, x)
     for j, feature in enumerate(terms):
@@ -209,14 +213,22 @@ def _outputs(
     )
     errors = (
         x.new_empty(0, dtype=torch.float32)
-        if reference is None
+        if reference is None or newest is None
         else error_sums(newest, widened(reference, x))
     )
     return updated if need_x else x.new_empty(0), h, errors
 
 
 def modulated_rows(
-    x: Tensor, norm: int, shift, scale, norm_weight, norm_bias, eps: float, row_slots, row_count: int
+    x: Tensor,
+    norm: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    row_slots: Tensor | None,
+    row_count: int,
 ) -> Tensor:
     """h = norm(x) * (1 + scale) + shift for all rows, or for those with a slot, packed [B, K, D].
 
@@ -262,7 +274,7 @@ def store_rows_(slot: Tensor, fresh: Tensor, fresh_slots: Tensor | None, slot_sc
     fresh = fresh.to(slot.dtype)
     if fresh_slots is None:
         slot.copy_(fresh)
-        if slot_scale is not None:
+        if slot_scale is not None and fresh_scale is not None:
             slot_scale.copy_(fresh_scale)
         return
     kept, source = fresh_slots < 0, fresh_slots.clamp(min=0).long()
@@ -271,7 +283,7 @@ def store_rows_(slot: Tensor, fresh: Tensor, fresh_slots: Tensor | None, slot_sc
     taken = fresh.view(torch.uint8) if slot.dtype == torch.float8_e4m3fn else fresh
     target = slot.view(torch.uint8) if slot.dtype == torch.float8_e4m3fn else slot
     target.copy_(torch.where(kept[..., None], target, take_rows(taken, source)))
-    if slot_scale is not None:
+    if slot_scale is not None and fresh_scale is not None:
         slot_scale.copy_(torch.where(kept, slot_scale, fresh_scale.gather(1, source)))
 
 
@@ -314,13 +326,9 @@ def fresh_contiguous(tensor: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
     return result.clone() if share_memory(result, x) else result
 
 
-def copied_if_overlapping(tensor: Tensor | None, written: Tensor | None) -> Tensor | None:
+def copied_if_overlapping(tensor: Tensor, written: Tensor) -> Tensor:
     """A copy of an input that shares memory with what will be written, else the input itself."""
-    return (
-        tensor.clone()
-        if tensor is not None and written is not None and share_memory(tensor, written)
-        else tensor
-    )
+    return tensor.clone() if share_memory(tensor, written) else tensor
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

@@ -12,8 +12,10 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -199,7 +201,7 @@ def _has_kernel(key: str, operator: str = OPERATORS[0]) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcache::{operator}", key)
 
 
-def refuse_grad(tensors) -> None:
+def refuse_grad(tensors: Iterable[object]) -> None:
     """Raise if any of `tensors` would need a gradient now: the operators are forward-only."""
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(
@@ -208,7 +210,7 @@ def refuse_grad(tensors) -> None:
         )
 
 
-def _forward_only(name: str):
+def _forward_only(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.fastcache, name).default
 
     written = [
@@ -217,7 +219,7 @@ def _forward_only(name: str):
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
 
-    def forward_only(keyset, *args, **kwargs):
+    def forward_only(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             refuse_grad(torch.utils._pytree.tree_leaves((args, kwargs)))
         outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
@@ -230,8 +232,8 @@ def _forward_only(name: str):
     return forward_only
 
 
-def _triton(name: str):
-    def launch(*args, **kwargs):
+def _triton(name: str) -> Callable[..., Any]:
+    def launch(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module("fastcache.backends.triton"), name)(*args, **kwargs)
 
     return launch

@@ -4,6 +4,8 @@ The autograd key is skipped here because `fastcache.ops` has already refused inp
 gradient; fake tensors, functionalisation and profilers still see the call.
 """
 
+from typing import Any
+
 import torch
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -11,7 +13,7 @@ _update = torch.ops.fastcache.residual_update.default
 _scatter = torch.ops.fastcache.residual_update_scatter_.default
 
 
-def residual_update(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def residual_update(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`torch.ops.fastcache.residual_update`, arguments in schema order."""
     if torch.is_inference_mode_enabled():
         return _update(*args, **kwargs)
@@ -19,7 +21,7 @@ def residual_update(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.
         return _update(*args, **kwargs)
 
 
-def residual_update_scatter_(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def residual_update_scatter_(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`torch.ops.fastcache.residual_update_scatter_`, arguments in schema order."""
     with _below_autograd():
         outputs = _scatter(*args, **kwargs)
@@ -27,7 +29,7 @@ def residual_update_scatter_(*args, **kwargs) -> tuple[torch.Tensor, torch.Tenso
     return outputs
 
 
-def select_tokens_(*args) -> tuple[torch.Tensor, torch.Tensor]:
+def select_tokens_(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`torch.ops.fastcache.select_tokens_`, arguments in schema order."""
     with _below_autograd():
         outputs = torch.ops.fastcache.select_tokens_.default(*args)
@@ -35,25 +37,25 @@ def select_tokens_(*args) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs
 
 
-def row_score(*args) -> torch.Tensor:
+def row_score(*args: Any) -> torch.Tensor:
     """`torch.ops.fastcache.row_score`, arguments in schema order."""
     with _below_autograd():
         return torch.ops.fastcache.row_score.default(*args)
 
 
-def value_norm(*args) -> torch.Tensor:
+def value_norm(*args: Any) -> torch.Tensor:
     """`torch.ops.fastcache.value_norm`, arguments in schema order."""
     with _below_autograd():
         return torch.ops.fastcache.value_norm.default(*args)
 
 
-def attention_received(*args) -> torch.Tensor:
+def attention_received(*args: Any) -> torch.Tensor:
     """`torch.ops.fastcache.attention_received`, arguments in schema order."""
     with _below_autograd():
         return torch.ops.fastcache.attention_received.default(*args)
 
 
-def relative_error(*args) -> torch.Tensor:
+def relative_error(*args: Any) -> torch.Tensor:
     """`torch.ops.fastcache.relative_error`, arguments in schema order."""
     with _below_autograd():
         return torch.ops.fastcache.relative_error.default(*args)

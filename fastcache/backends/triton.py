@@ -5,7 +5,9 @@ travel in a small device table that is kept, so that a repeated step copies noth
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +18,7 @@ from fastcache.backends import checks
 from fastcache.backends.constants import constant_row
 from fastcache.backends.index_flags import error_flag
 from fastcache.backends.triton_attention import attention_received  # noqa: F401  (part of this backend)
-from fastcache.backends.triton_config import row_config, sum_config
+from fastcache.backends.triton_config import RowConfig, SumConfig, row_config, sum_config
 from fastcache.backends.triton_launch import aligned, current_device
 from fastcache.backends.tuning import tuned
 from fastcache.backends.tuning_key import row_bucket, term_bucket
@@ -32,22 +34,22 @@ TYPES = {
 
 
 def residual_update(
-    x,
-    features,
-    gates=None,
-    gate_index=None,
-    weights=None,
-    scales=None,
-    norm=0,
-    shift=None,
-    scale=None,
-    norm_weight=None,
-    norm_bias=None,
-    eps=1e-6,
-    row_slots=None,
-    row_count=0,
-    reference=None,
-    need_x=True,
+    x: Tensor,
+    features: Sequence[Tensor],
+    gates: Tensor | None = None,
+    gate_index: Tensor | None = None,
+    weights: Tensor | None = None,
+    scales: Tensor | None = None,
+    norm: int = 0,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    row_slots: Tensor | None = None,
+    row_count: int = 0,
+    reference: Tensor | None = None,
+    need_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastcache.backends.eager.residual_update`, one launch."""
     checks.residual_update(
@@ -92,27 +94,27 @@ def residual_update(
 
 
 def residual_update_scatter_(
-    x,
-    slot,
-    fresh,
-    fresh_slots,
-    features,
-    position=-1,
-    slot_scale=None,
-    gates=None,
-    gate_index=None,
-    weights=None,
-    scales=None,
-    norm=0,
-    shift=None,
-    scale=None,
-    norm_weight=None,
-    norm_bias=None,
-    eps=1e-6,
-    row_slots=None,
-    row_count=0,
-    reference=None,
-    need_x=True,
+    x: Tensor,
+    slot: Tensor,
+    fresh: Tensor,
+    fresh_slots: Tensor | None,
+    features: Sequence[Tensor],
+    position: int = -1,
+    slot_scale: Tensor | None = None,
+    gates: Tensor | None = None,
+    gate_index: Tensor | None = None,
+    weights: Tensor | None = None,
+    scales: Tensor | None = None,
+    norm: int = 0,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    row_slots: Tensor | None = None,
+    row_count: int = 0,
+    reference: Tensor | None = None,
+    need_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastcache.backends.eager.residual_update_scatter_`, one launch."""
     checks.residual_update_scatter(
@@ -188,28 +190,28 @@ def vector_view(vector: Tensor | None, x: Tensor, packed: bool = False) -> Vecto
 
 
 def _launch(
-    x,
-    features,
-    position,
-    slot,
-    fresh,
-    fresh_slots,
-    slot_scale,
-    gates,
-    gate_index,
-    weights,
-    scales,
-    norm,
-    shift,
-    scale,
-    norm_weight,
-    norm_bias,
-    eps,
-    row_slots,
-    row_count,
-    reference,
-    need_x,
-):
+    x: Tensor,
+    features: Sequence[Tensor],
+    position: int,
+    slot: Tensor | None,
+    fresh: Tensor | None,
+    fresh_slots: Tensor | None,
+    slot_scale: Tensor | None,
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    weights: Tensor | None,
+    scales: Tensor | None,
+    norm: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    row_slots: Tensor | None,
+    row_count: int,
+    reference: Tensor | None,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     B, N, D = x.shape
     # small index and factor tensors are read densely; features, gates and vectors as they are
     gate_index, weights, scales, fresh_slots, row_slots = (
@@ -228,14 +230,14 @@ def _launch(
         pointer_align, unit = (16, 8) if all(aligned(t) for t in operands) and D % 8 == 0 else (1, 1)
         gate = vector_view(gates, x, packed=gate_index is not None)
         slot_float8 = slot_scale is not None
-        stored = slot.view(torch.uint8) if slot_float8 else slot
+        stored = slot.view(torch.uint8) if slot is not None and slot_float8 else slot
         table = address_table(
             tuple(
                 value for f in features for value in (f.data_ptr(), f.stride(0) // unit, f.stride(1) // unit)
             ),
             x.device,
         )
-        shared = dict(
+        shared: dict[str, Any] = dict(
             D=D,
             F=TYPES[features[0].dtype] if features else tl.float32,
             FLOAT8=bool(features) and features[0].dtype == torch.float8_e4m3fn,
@@ -249,20 +251,27 @@ def _launch(
             ALIGN=pointer_align,
             UNIT=unit,
         )
+
         # unused pointers are never followed
-        or_x = lambda tensor: x if tensor is None else tensor
-        strides = lambda tensor: (
-            (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])
-        )
-        gate_row = gates.stride(0) if gate_index is not None else 0
-        gate_count = gates.shape[0] if gate_index is not None else 0
+        def or_x(tensor: Tensor | None) -> Tensor:
+            return x if tensor is None else tensor
+
+        def strides(tensor: Tensor | None) -> tuple[int, ...]:
+            return (0, 0) if tensor is None else tuple(stride // unit for stride in tensor.stride()[:2])
+
+        packed_gates = None if gate_index is None else gates
+        gate_row = 0 if packed_gates is None else packed_gates.stride(0)
+        gate_count = 0 if packed_gates is None else packed_gates.shape[0]
         buckets = term_bucket(len(features)), row_bucket(B * N)
         with current_device(x.device):
             if norm == 0 and reference is None and not slot_float8:
-                config = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1]) or sum_config(
-                    B, N, D, len(features), shared["FLOAT8"]
+                measured = tuned("triton.sum", x.device, D, x.dtype, buckets[0], buckets[1])
+                tile = (
+                    measured
+                    if isinstance(measured, SumConfig)
+                    else sum_config(B, N, D, len(features), shared["FLOAT8"])
                 )
-                grid = (triton.cdiv(D, config.columns), triton.cdiv(N, config.rows), B)
+                grid = (triton.cdiv(D, tile.columns), triton.cdiv(N, tile.rows), B)
                 sum_kernel[grid](
                     x,
                     out,
@@ -288,13 +297,14 @@ def _launch(
                     *strides(slot),
                     *strides(fresh),
                     **shared,
-                    ROWS=config.rows,
-                    COLUMNS=config.columns,
-                    STAGES=config.stages,
-                    num_warps=config.warps,
+                    ROWS=tile.rows,
+                    COLUMNS=tile.columns,
+                    STAGES=tile.stages,
+                    num_warps=tile.warps,
                 )
             else:
-                config = tuned("triton.row", x.device, D, x.dtype, buckets[0], buckets[1]) or row_config(D)
+                measured = tuned("triton.row", x.device, D, x.dtype, buckets[0], buckets[1])
+                config = measured if isinstance(measured, RowConfig) else row_config(D)
                 shifted, scaled = vector_view(shift, x), vector_view(scale, x)
                 row_kernel[(N, B)](
                     x,

@@ -15,6 +15,6 @@ def aligned(tensor: Tensor) -> bool:
     )
 
 
-def current_device(device: torch.device) -> AbstractContextManager:
+def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU current; a CPU, in the interpreter, needs nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)

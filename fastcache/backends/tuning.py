@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ class Entry:
     heuristic_us: float
 
 
-def encoded(entries: list[Entry], versions: Mapping[str, str]) -> dict:
+def encoded(entries: list[Entry], versions: Mapping[str, str]) -> dict[str, Any]:
     """A table as JSON has it."""
     rows = [
         asdict(entry.key)
@@ -103,7 +104,9 @@ def decoded(table: object, source: str, cuda: CudaKernels | None) -> dict[Key, C
             f"{source}: expected a tuning table of format {FORMAT} with kernels and entries; make one with"
             " `python -m benchmarks.tune`"
         )
-    versions, usable, refused = kernel_versions(cuda), {}, {}
+    versions = kernel_versions(cuda)
+    usable: dict[Key, Config] = {}
+    refused: dict[str, list[int]] = {}
     for number, row in enumerate(table["entries"]):
         try:
             key = Key(*(row[name] for name in Key.__dataclass_fields__))
@@ -117,15 +120,9 @@ def decoded(table: object, source: str, cuda: CudaKernels | None) -> dict[Key, C
             if backend in versions and config not in legal_configs(key, cuda):
                 raise ValueError(f"{config} is not legal for {key}")
             usable[key] = config
-        except (KeyError, TypeError, ValueError) as reason:
-            refused.setdefault(
-                (
-                    f"{type(reason).__name__}: {reason}"
-                    if isinstance(reason, (KeyError, TypeError))
-                    else str(reason)
-                ),
-                [],
-            ).append(number)
+        except (KeyError, TypeError, ValueError) as error:
+            named = isinstance(error, (KeyError, TypeError))
+            refused.setdefault(f"{type(error).__name__}: {error}" if named else str(error), []).append(number)
     for reason, numbers in refused.items():
         logger.warning(
             "%s: entries %s are not used, the heuristic decides there: %s. Measure again with `python -m"
@@ -220,5 +217,5 @@ def ready(device: torch.device) -> None:
         return
     kernels, name = CudaKernels(library), device_name(device)
     for key, config in table().items():
-        if key.device == name and key.kernel.startswith("cuda."):
+        if key.device == name and isinstance(config, (CudaSum, CudaRow)):
             kernels.use(key, config, device.index or 0)

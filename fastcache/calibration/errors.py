@@ -1,6 +1,6 @@
 """Calibration on a model: error curves from uncached runs, all branches in one launch a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -89,8 +89,10 @@ def calibrate(
     curves = observer.curves()
     if not layout.tokens and observer.tokens:
         curves = replace(curves, layout=found.layout(observer.tokens))
-    chosen = curves.threshold_for(target_speedup, per_layer) if threshold is None else threshold
-    return Calibration(curves, chosen, per_layer, scheduler)
+    if threshold is None:
+        assert target_speedup is not None  # exactly one of them was given
+        threshold = curves.threshold_for(target_speedup, per_layer)
+    return Calibration(curves, threshold, per_layer, scheduler)
 
 
 class ErrorObserver:
@@ -108,8 +110,8 @@ class ErrorObserver:
     ) -> None:
         self._layout, self._num_steps, self._lookahead = layout, num_steps, lookahead
         self._relative_error = relative_error
-        self._running: dict[int, list[Tensor]] = {}  # errors [K', L] by step, for every call of a step
-        self._runs: list[dict[int, list[Tensor]]] = []
+        self._running: dict[int | str, list[Tensor]] = {}  # errors [K', L] by step, for every call of a step
+        self._runs: list[dict[int | str, list[Tensor]]] = []
         self.tokens = 0
 
     @property
@@ -117,7 +119,7 @@ class ErrorObserver:
         """Features per branch that the session has to keep."""
         return self._lookahead + 1
 
-    def __call__(self, step: int, call: int, history: list[list[Tensor]]) -> None:
+    def __call__(self, step: int, call: int | str, history: list[list[Tensor]]) -> None:
         """history[b]: features of branch b, newest first; the newest is of this step, the next of the step
         before.
         """
@@ -167,7 +169,7 @@ class ErrorObserver:
             start += min(step, self._lookahead) * branches
         mean = flat.view(len(recorded), start).mean(0).tolist()
 
-        def rows_of(branch: int) -> Sequence[Sequence[float]]:
+        def rows_of(branch: int) -> tuple[tuple[float, ...], ...]:
             # row j, entry i is what step i + j + 1 found about the feature j + 1 steps before it
             return tuple(
                 tuple(

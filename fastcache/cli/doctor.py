@@ -50,7 +50,7 @@ def _libraries() -> Table:
         )
         table.add_row(library.path.name, "yes" if library.loaded else "no", detail)
     try:
-        from fastcache import _C
+        from fastcache import _C  # type: ignore[attr-defined]  # compiled, without a stub
     except ImportError:
         table.add_row("_C", "no", "build information was not built (optional)")
     else:

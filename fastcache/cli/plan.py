@@ -33,6 +33,8 @@ def plan(
 ) -> None:
     """Show what a policy does at every step of a model, and what that costs, without running it."""
     chosen, layout = policy_from(policy, fields), layout_of(model, input_size)
+    if chosen is None:
+        raise BadParameter("--policy: name the policy whose plan to show")
     try:
         schedule = chosen.schedule(steps, layout)
     except ValueError as error:
@@ -112,7 +114,7 @@ def tokens_of(schedule: Schedule) -> Table:
 def _tokens(step: StepPlan, name: str) -> str:
     """ "21-32", "0" or, for a branch that refreshes none, nothing."""
     found = [
-        action.tokens
+        action.fresh_tokens
         for action, branch in zip(step.actions, step.layout.branches, strict=True)
         if branch.name == name and action.kind is Kind.REFRESH
     ]

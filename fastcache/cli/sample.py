@@ -103,7 +103,7 @@ def sample(
 
 def numbers_in(text: str, largest: int) -> list[int]:
     """ "0,5,10-12" -> [0, 5, 10, 11, 12]. Raises BadParameter for anything but numbers in 0..largest."""
-    numbers = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):

@@ -6,6 +6,7 @@ section 3.2. The state dict has the DiT family's keys, so its published checkpoi
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -159,9 +160,9 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(cast(Tensor, module.bias))
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+            nn.init.normal_(cast(Tensor, embedding.weight), std=EMBEDDING_STD)
         for owner in (*self.blocks, self.final_layer):
             nn.init.zeros_(owner.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)

@@ -1,6 +1,7 @@
 """What a DiT adds up before its first block: patches, positions, the timestep and the label."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class TimestepEmbedder(nn.Module):
         exponent = torch.arange(FREQUENCIES, device=t.device, dtype=torch.float32) / FREQUENCIES
         angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        weight = cast(Tensor, self.mlp[0].weight)
+        return self.mlp(waves.to(weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -1,7 +1,7 @@
 """Operators of token-wise refresh: score tokens, and choose which are recomputed."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class TokenChoice(NamedTuple):
     """
 
     slots: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # and not a tuple's search
 
 
 def select_tokens_(
@@ -90,7 +90,7 @@ def relative_error(newest: Sequence[Tensor], earlier: Sequence[Tensor]) -> Tenso
     return _call("relative_error", newest[0], (*newest, *earlier), (newest, earlier))
 
 
-def _call(operator: str, x: Tensor, inputs: Sequence[Tensor | None], args: tuple):
+def _call(operator: str, x: Tensor, inputs: Sequence[Tensor | None], args: tuple[object, ...]) -> Any:
     if torch.compiler.is_compiling():
         return getattr(backends.traced(x.dtype), operator)(*args)
     if torch.is_grad_enabled():

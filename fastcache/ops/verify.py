@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastcache.ops import (
 
 B, N, D, TERMS, ROWS = 2, 96, 328, 5, 37  # D: no multiple of a 512-bit vector of any dtype
 HEADS, HEAD = 3, 72
+Arguments = dict[str, Any]
 ALLOWED_RATIO = 1.1  # RMS error against float64, over that of the eager definition
 APPROXIMATE_RATIO = 3.0  # where a kernel uses the exponential of the hardware, 2 units in the last place
 
@@ -42,8 +44,8 @@ class Verdict:
 class Form:
     """A call of an operator: its arguments by dtype and device, in float64 if `wide`."""
 
-    operator: Callable
-    build: Callable[[torch.dtype, torch.device, bool], dict]
+    operator: Callable[..., Any]
+    build: Callable[[torch.dtype, torch.device, bool], Arguments]
     allowed: float = ALLOWED_RATIO
 
 
@@ -70,7 +72,7 @@ def verify(device: torch.device) -> Iterator[Verdict]:
                 yield Verdict(operator, title, name, short, ratio, ratio <= form.allowed)
 
 
-def _outputs(operator: Callable, arguments: dict, backend: str) -> list[Tensor]:
+def _outputs(operator: Callable[..., Any], arguments: Arguments, backend: str) -> list[Tensor]:
     with backends.use_backend(backend), torch.no_grad():
         result = operator(**arguments)
     results = (result,) if isinstance(result, Tensor) else result
@@ -94,8 +96,10 @@ def _random(
     return (values.double() if wide else values).to(device)
 
 
-def _update(dtype: torch.dtype, device: torch.device, wide: bool, **more: object) -> dict:
-    make = lambda seed, *shape: _random(seed, shape, dtype, device, wide)
+def _update(dtype: torch.dtype, device: torch.device, wide: bool, **more: object) -> Arguments:
+    def make(seed: int, *shape: int) -> Tensor:
+        return _random(seed, shape, dtype, device, wide)
+
     index = torch.tensor([4, -1, 0, 2, 5], dtype=torch.int32, device=device)
     arguments = dict(
         x=make(0, B, N, D),
@@ -106,37 +110,37 @@ def _update(dtype: torch.dtype, device: torch.device, wide: bool, **more: object
     return {**arguments, **more}
 
 
-def _sum(dtype, device, wide):
+def _sum(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return _update(dtype, device, wide)
 
 
-def _weighted(dtype, device, wide):
+def _weighted(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return _update(dtype, device, wide, weights=torch.linspace(-1, 2, TERMS, device=device))
 
 
-def _per_token_gates(dtype, device, wide):
+def _per_token_gates(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     arguments = _update(dtype, device, wide)
     return {**arguments, "gates": _random(1, (B, N, D), dtype, device, wide), "gate_index": None}
 
 
-def _layer_norm(dtype, device, wide):
+def _layer_norm(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     shift, scale = (_random(seed, (B, D), dtype, device, wide) for seed in (2, 3))
     return _update(dtype, device, wide, norm=Norm.LAYER, shift=shift, scale=scale)
 
 
-def _rms_norm(dtype, device, wide):
+def _rms_norm(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return _update(dtype, device, wide, norm=Norm.RMS, scale=_random(3, (B, D), dtype, device, wide))
 
 
-def _rows(dtype, device, wide):
+def _rows(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return {**_layer_norm(dtype, device, wide), "row_slots": _slots(device), "row_count": ROWS}
 
 
-def _errors(dtype, device, wide):
+def _errors(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return _update(dtype, device, wide, reference=_random(7, (B, N, D), dtype, device, wide), need_x=False)
 
 
-def _store(dtype, device, wide):
+def _store(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return {
         **_scattered(dtype, device, wide),
         "fresh": _random(5, (B, N, D), dtype, device, wide),
@@ -144,7 +148,7 @@ def _store(dtype, device, wide):
     }
 
 
-def _scattered(dtype, device, wide):
+def _scattered(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     arguments = _update(dtype, device, wide)
     arguments["gate_index"] = torch.tensor([4, -1, 0, 2, 5, 1], dtype=torch.int32, device=device)
     return {
@@ -162,7 +166,7 @@ def _slots(device: torch.device) -> Tensor:
     return slot_map(index, N).slots.to(device)
 
 
-def _selection(dtype, device, wide):
+def _selection(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     """Scores that are far apart, in a random order: float32 and float64 must choose the same tokens."""
     order = torch.stack(
         [torch.randperm(4 * N, generator=torch.Generator().manual_seed(row)) for row in range(B)]
@@ -182,34 +186,34 @@ def _selection(dtype, device, wide):
     )
 
 
-def _norms(dtype, device, wide):
+def _norms(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return dict(x=_random(0, (B, N, D), dtype, device, wide))
 
 
-def _distances(dtype, device, wide):
+def _distances(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return dict(
         x=_random(0, (B, N, D), dtype, device, wide), reference=_random(1, (B, N, D), dtype, device, wide)
     )
 
 
-def _values(dtype, device, wide):
+def _values(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return dict(v=_random(0, (B, HEADS, N, HEAD), dtype, device, wide))
 
 
-def _attention(dtype, device, wide):
+def _attention(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     return dict(
         q=_random(0, (B, HEADS, N, HEAD), dtype, device, wide),
         k=_random(1, (B, HEADS, ROWS, HEAD), dtype, device, wide),
     )
 
 
-def _attention_with_sums(dtype, device, wide):
+def _attention_with_sums(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     arguments = _attention(dtype, device, wide)
     logits = torch.matmul(arguments["q"].double(), arguments["k"].double().transpose(-1, -2)) * HEAD**-0.5
     return {**arguments, "lse": logits.logsumexp(-1).to(torch.float64 if wide else torch.float32)}
 
 
-def _calibration(dtype, device, wide):
+def _calibration(dtype: torch.dtype, device: torch.device, wide: bool) -> Arguments:
     def make(seed: int, count: int) -> list[Tensor]:
         return [_random(seed + j, (B, N, D), dtype, device, wide) for j in range(count)]
 

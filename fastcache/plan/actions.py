@@ -36,6 +36,11 @@ class Action:
             )
 
     @property
+    def fresh_tokens(self) -> int:
+        """Tokens per sample that are recomputed into the stored feature: none but in a REFRESH."""
+        return self.tokens or 0
+
+    @property
     def code(self) -> str:
         """Short text form: C, R, P<tokens> or F<order>."""
         number = self.tokens if self.kind is Kind.REFRESH else self.order

@@ -79,7 +79,7 @@ def _code(step: StepPlan, action: Action) -> str:
 
 def _colour(step: StepPlan, action: Action, tokens: int) -> str:
     code = _code(step, action)
-    return COLOURS[code] if code in COLOURS else _shade(action.tokens / max(1, tokens))
+    return COLOURS[code] if code in COLOURS else _shade(action.fresh_tokens / max(1, tokens))
 
 
 def _shade(share: float) -> str:

@@ -81,15 +81,14 @@ class PublishedSchedule:
         """From a mapping, JSON text (starts with a brace) or the path of a JSON file."""
         if isinstance(source, PublishedSchedule):
             return source
-        if isinstance(source, (str, Path)):
-            source = _parsed(source)
-        if not isinstance(source, Mapping):
+        content: object = _parsed(source) if isinstance(source, (str, Path)) else source
+        if not isinstance(content, Mapping):
             raise ScheduleError(
                 'schedule: expected {"attn": [1, 0, ...], ...}, JSON of it or a path, got'
-                f" {type(source).__name__}"
+                f" {type(content).__name__}"
             )
         entries = tuple(
-            (str(key), _flags(key, values)) for key, values in source.items() if key != FINGERPRINT
+            (str(key), _flags(key, values)) for key, values in content.items() if key != FINGERPRINT
         )
         if not entries:
             raise ScheduleError(
@@ -102,7 +101,7 @@ class PublishedSchedule:
                 "schedule: expected lists of one length, the number of steps, got lengths"
                 f" {', '.join(f'{key}: {len(flags)}' for key, flags in entries)}"
             )
-        fingerprint = Fingerprint.from_dict(source[FINGERPRINT]) if FINGERPRINT in source else None
+        fingerprint = Fingerprint.from_dict(content[FINGERPRINT]) if FINGERPRINT in content else None
         return PublishedSchedule(entries, fingerprint)
 
     @property

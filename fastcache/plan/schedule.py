@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fastcache.errors import ScheduleError
 from fastcache.plan.actions import Action, Kind
@@ -29,7 +30,7 @@ class Schedule:
     layout: Layout
     steps: tuple[StepPlan, ...]
     policy: str = ""
-    fields: dict = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
     selection: Selection | None = None
 
     def __post_init__(self) -> None:

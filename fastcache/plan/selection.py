@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from fastcache.errors import ScheduleError
 
@@ -58,7 +59,7 @@ class Selection:
                 f" cell={self.cell}, bonus={self.bonus}"
             )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
         return {**asdict(self), "score": self.score.value}
 

@@ -60,7 +60,7 @@ class StepPlan:
             if action.kind is Kind.COMPUTE:
                 total += branch.flops(N, N)
             elif action.kind is Kind.REFRESH:
-                total += branch.flops(min(action.tokens, N), N)
+                total += branch.flops(min(action.fresh_tokens, N), N)
         return batch * total
 
     @cached_property

@@ -41,10 +41,10 @@ class L2C(Policy):
         self, router: Mapping[str, Any] | str | Path | PublishedSchedule, threshold: float | None = None
     ) -> None:
         """router: a router file, or an indexed JSON schedule (which has no threshold; 0.1 for a router)."""
-        is_file = isinstance(router, (str, Path)) and not str(router).lstrip().startswith("{")
-        if is_file and Path(router).suffix != ".json":
+        path = Path(router) if isinstance(router, (str, Path)) and not _is_json(router) else None
+        if path is not None and path.suffix != ".json":
             threshold = 0.1 if threshold is None else threshold
-            router = _published(_read(Path(router)), threshold, Path(router))
+            router = _published(_read(path), threshold, path)
         elif threshold is not None and not isinstance(router, PublishedSchedule):
             raise ValueError(
                 f"threshold: an indexed schedule is decided already, expected None, got {threshold!r}"
@@ -90,6 +90,10 @@ class L2C(Policy):
     def fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {"router": self.published.describe()}
         return fields if self.threshold is None else {**fields, "threshold": self.threshold}
+
+
+def _is_json(router: str | Path) -> bool:
+    return str(router).lstrip().startswith("{")
 
 
 def _require_pairs(published: PublishedSchedule) -> None:

@@ -47,7 +47,8 @@ def _step_flops(step: StepPlan, batch: int) -> int:
     total = len(step.run_blocks) * block_overhead_flops(layout, batch)
     for action, branch in zip(step.actions, layout.branches, strict=True):
         if branch.name == "mlp" and action.kind in (Kind.COMPUTE, Kind.REFRESH):
-            total += mlp_flops(layout, batch, layout.tokens if action.kind is Kind.COMPUTE else action.tokens)
+            tokens = layout.tokens if action.kind is Kind.COMPUTE else action.fresh_tokens
+            total += mlp_flops(layout, batch, tokens)
         elif action.kind is Kind.COMPUTE:
             total += attention_flops(layout, batch)
     return total

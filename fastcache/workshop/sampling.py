@@ -32,8 +32,11 @@ class Diffusion:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "Diffusion":
         """From a checkpoint's metadata; what is not there is as in the DiT family's ImageNet models."""
-        known = {name: metadata[name] for name in ("prediction_type", "beta_schedule") if name in metadata}
-        return cls(**known)
+        usual = cls()
+        return cls(
+            metadata.get("prediction_type", usual.prediction_type),
+            metadata.get("beta_schedule", usual.beta_schedule),
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import thinned
 
 import fastcache
 from fastcache.backends import triton as backend
@@ -40,7 +41,7 @@ def verify(q: torch.Tensor, k: torch.Tensor, scale: float | None = None, toleran
 
 
 @each_dtype
-@pytest.mark.parametrize("d", [16, 32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("d", thinned([16, 32, 64, 72, 80, 96, 128], [64, 72]))
 def test_heads_of_every_width_in_use(d: int, dtype: torch.dtype) -> None:
     verify(random(2, 3, 70, d, dtype=dtype), random(2, 3, 70, d, dtype=dtype, seed=1))
 

@@ -71,8 +71,8 @@ def train(per_class: int, epochs: int, *, progress: bool = True) -> GlyphClassif
     with needs_extra("demo"):
         from tqdm import tqdm
     torch.manual_seed(0)
-    pictures, labels = dataset.make(per_class, TRAINING_SEED, progress=progress)
-    pictures, labels = dataset.to_model_range(pictures), torch.from_numpy(labels)
+    made, classes = dataset.make(per_class, TRAINING_SEED, progress=progress)
+    pictures, labels = dataset.to_model_range(made), torch.from_numpy(classes)
     model = GlyphClassifier()
     batches = epochs * (len(labels) // 128)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)

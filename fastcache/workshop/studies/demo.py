@@ -85,8 +85,10 @@ def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> Dem
         [GridRow(row.setting, _captions(row), to_pixels(found[row.setting].pictures)) for row in rows],
         out / "grid.png",
     )
+    plans = {s.name: found[s.name].last.schedule for s in SETTINGS if s.policy is not None}
     draw_schedules(
-        {s.name: found[s.name].last.schedule for s in SETTINGS if s.policy is not None}, out / "steps.png"
+        {name: plan for name, plan in plans.items() if plan is not None},
+        out / "steps.png",
     )
     refreshing = {s.name: s.policy for s in SETTINGS if isinstance(s.policy, TokenRefresh)}
     # recording waits for every step, so it has a run of its own
@@ -137,6 +139,7 @@ def _add(measurement: Measurement, samples: Samples, indices: range) -> None:
 def _row(setting: Setting, found: dict[str, Measurement], classifier: GlyphClassifier) -> DemoRow:
     own, uncached = found[setting.name], found[UNCACHED.name]
     summary = own.last.summary
+    assert summary is not None  # `last` is a run in a session
     speedup = statistics.median(uncached.seconds_per_picture) / statistics.median(own.seconds_per_picture)
     return DemoRow(
         setting=setting.name,

@@ -82,7 +82,8 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         (index for index, point in enumerate(points) if not any(np.isnan(point))),
         key=lambda index: (-points[index][0], -points[index][1], index),
     )
-    front, best = [], float("-inf")
+    front: list[int] = []
+    best = float("-inf")
     for index in order:
         if not front or points[index][1] > best:
             front.append(index)
@@ -112,9 +113,9 @@ def order_checks(
     A method is represented by its usual setting, or by the first one if that was not measured.
     features: of a setting's pictures [n, 64], for the noise of Frechet distances; may lack settings.
     """
-    ranked = [row for row in rows if row.method in EXPECTED and row.interval is not None]
+    ranked = [row for row in rows if row.method in EXPECTED]
     checks = []
-    for interval in sorted({row.interval for row in ranked}):
+    for interval in sorted({row.interval for row in ranked if row.interval is not None}):
         at: dict[str, FrontierRow] = {}
         for row in sorted((row for row in ranked if row.interval == interval), key=lambda row: not row.usual):
             at.setdefault(row.method, row)

@@ -97,7 +97,7 @@ def plan_frontier(
     """
     wanted = chosen(options.grid, only)
     model, sampler, store = load_glyph_dit(), options.sampler, Store(out / "results")
-    base = {
+    base: dict[str, object] = {
         "environment": asdict(environment()),
         "sampler": asdict(sampler),
         "weights": [
@@ -130,7 +130,8 @@ def _planned(
     base: dict[str, object],
     trial: float,
 ) -> Planned:
-    policy, fields = setting.policy, {}
+    policy = setting.policy
+    fields: dict[str, object] = {}
     if isinstance(policy, Calibrated) and curves is not None:
         found = calibrated(curves, policy, options.sampler)
         fields = {

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Store:
         text = json.dumps({"fingerprint": fingerprint, "row": asdict(row)}, indent=2) + "\n"
         write_whole(record, lambda path: path.write_text(text))
 
-    def _record(self, slug: str) -> dict | None:
+    def _record(self, slug: str) -> dict[str, Any] | None:
         path = self.folder / f"{slug}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -103,4 +104,4 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # names of ours, never allow_pickle
