@@ -30,7 +30,6 @@ class Form(str, enum.Enum):
     REFRESH = "refresh", "slot takes 30 % fresh rows, x' = x + g * slot, h of another 30 %"
     FORECAST_2 = "forecast-2", "x + g * sum_k w_k F_k, order 2 (three features)"
     FORECAST_4 = "forecast-4", "x + g * sum_k w_k F_k, order 4 (five features)"
-    ERRORS = "errors", "sums of |F - R|, |F| and |R| per sample"
     STREAM = "stream", "slot takes K fresh rows, x' = x + g * slot + g' * attention, h of K other rows"
     BLOCK = "block", "the same, and the MLP on the K rows of h"
 
@@ -159,7 +158,6 @@ class Case:
             Form.REFRESH: (3, 2, 3, maps),  # of slot and fresh rows, every row is read from one
             Form.FORECAST_2: (J + 2, 0, 1, J),  # weights
             Form.FORECAST_4: (J + 2, 0, 1, J),
-            Form.ERRORS: (2, 0, 0, 3 * size.batch),  # three float32 sums
             Form.STREAM: (4, 2, 4, maps),  # the attention's feature and gate too
             Form.BLOCK: (4, 2, 4, maps),
         }[self.form]

@@ -18,17 +18,7 @@ import torch
 
 from benchmarks.cases import DTYPE_NAMES, Case, ChoiceCase
 from benchmarks.machine import free_bytes, last_level_cache_bytes
-from benchmarks.sequences import (
-    AUTOTUNED,
-    BEST,
-    COMPILED,
-    MLP_ALONE,
-    NAIVE,
-    Binder,
-    Call,
-    FormSequences,
-    Sequences,
-)
+from benchmarks.sequences import COMPARED, COMPILED, MLP_ALONE, NAIVE, Binder, Call, FormSequences, Sequences
 from benchmarks.timing import Effort, Timing, measure
 from benchmarks.tokens import ChoiceSequences, OperatorCase, OperatorSequences
 from fastcache.engine.record import OperatorCount
@@ -36,7 +26,6 @@ from fastcache.engine.record import OperatorCount
 MAX_COPIES = 64
 COLD = 2  # last-level caches that the rotating buffers must exceed
 MOST_FLOPS = 6e10  # of a block on a CPU: beyond, one call takes seconds
-COMPARED = {"vs_naive": NAIVE, "vs_best_eager": BEST, "vs_compile": COMPILED, "vs_autotuned": AUTOTUNED}
 
 AnyCase = Case | ChoiceCase | OperatorCase
 Row = dict[str, object]

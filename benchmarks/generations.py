@@ -96,7 +96,6 @@ GLYPH = DiTConfig(32, 4, 3, 160, 12, 5, num_classes=36, learn_sigma=False)
 B_2 = DiTConfig(32, 2, 4, 768, 12, 12)
 TINY_DIT = DiTConfig(8, 2, 4, 32, 2, 2, num_classes=4)
 MODEL_SIZES = (ModelSize("Glyph DiT B2", GLYPH, 50), ModelSize("DiT-B/2 B2", B_2, 12))
-SESSION_SIZES = (ModelSize("Glyph DiT B2", GLYPH, 9), ModelSize("DiT-B/2 B2", B_2, 9))
 TINY_MODEL = ModelSize("Tiny DiT", TINY_DIT, 8)
 
 
@@ -164,13 +163,6 @@ class Contest:
     def kinds(self, method: Method | None) -> list[str]:
         """The kind of every step."""
         return [plan.kind for plan in self.plans(method)]
-
-    def described(self, method: Method | None) -> str:
-        """The policy and what it comes to."""
-        if method is None:
-            return f"{self.size.steps} steps"
-        counts = [f"{count} {kind}" for kind, count in self.schedules[method.name].kinds().items()]
-        return f"{type(self.policies[method.name]).__name__}: {', '.join(counts)}"
 
     @contextmanager
     def entered(self, entrant: Entrant) -> Iterator["Control"]:
@@ -333,8 +325,9 @@ def method_row(contest: Contest, entrant: Entrant, found: dict[Entrant, Found]) 
         step = {"kind": kind, "steps": len(flops), "timing": asdict(timing)} | own.costs.get(kind, {})
         step |= {"of_uncached": timing.median_us / full_us} if full_us else {}
         steps.append(step | {"of_flops": statistics.median(flops) / full_flops})
+    plan = ", ".join(f"{step['steps']} {step['kind']}" for step in steps)
     row = {"model": contest.size.name, "method": method.name if method else UNCACHED}
-    row |= {"way": entrant.way.value, "plan": contest.described(method), "kinds": steps}
+    row |= {"way": entrant.way.value, "plan": plan, "kinds": steps}
     totals = [sum(one.steps, one.begin) for one in own.generations]
     row |= {"generation": asdict(Timing.of(totals)), "begin": None}
     if entrant.way is Way.BEGUN:

@@ -35,14 +35,9 @@ def machine(device: torch.device) -> dict[str, object]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "fastcache_cpu_capability": cpu_capability(library) if library.loaded else library.reason,
         "last_level_cache_bytes": last_level_cache_bytes(device),
-        "load": load(),
+        "load": os.getloadavg()[0],
         "date": now(),
     }
-
-
-def load() -> float:
-    """Mean number of runnable processes over the last minute, 0 where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def last_level_cache_bytes(device: torch.device) -> int:

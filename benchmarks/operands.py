@@ -19,7 +19,7 @@ DISTANCE = -2  # steps since the last full one
 class Operands:
     """Operands of one call. Tensors that the form does not have are None.
 
-    x, features, slot, reference: [B, N, D]; fresh: [B, N, D] (store) or [B, K, D]. table: [3 J, B, D] or
+    x, features, slot: [B, N, D]; fresh: [B, N, D] (store) or [B, K, D]. table: [3 J, B, D] or
     [6, B, D], shift, scale and gate of every branch, as a modulation table has them; gate_index: [J] int32,
     rows of `table`. weights: [J] float32, DISTANCE^k / k! (a forecast). fresh_index, row_index: [B, K] int64,
     ascending; fresh_slots, row_slots: the same as slot maps [B, N] int32. body: of a partial block.
@@ -38,7 +38,6 @@ class Operands:
     fresh_slots: Tensor | None = None
     row_index: Tensor | None = None
     row_slots: Tensor | None = None
-    reference: Tensor | None = None
     body: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -53,7 +52,7 @@ class Operands:
 
     def double(self) -> "Operands":
         """The same call in float64, on copies."""
-        names = ("x", "table", "slot", "fresh", "reference")
+        names = ("x", "table", "slot", "fresh")
         wide = {name: getattr(self, name).double() for name in names if getattr(self, name) is not None}
         features = tuple(feature.double() for feature in self.features)
         body = None if self.body is None else copy.deepcopy(self.body).double()
@@ -86,8 +85,6 @@ def make_operands(case: Case, device: torch.device, seed: int = 0, body: nn.Modu
     table = normal(max(6, 3 * J), size.batch, size.channels).to(case.dtype)
     gate_index = torch.arange(2, 3 * J, 3, dtype=torch.int32, device=device)
     made = Operands(tensor(), (), table, gate_index, body=body)
-    if form is Form.ERRORS:
-        return replace(made, features=(made.x,), reference=tensor())
     if form is Form.STORE:
         return replace(made, slot=tensor(), fresh=tensor())
     if form in REFRESHING:

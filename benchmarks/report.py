@@ -1,7 +1,7 @@
 """What was found, as tables: bench.json holds all of a run, bench.md a page that the gate shares."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import Form
@@ -39,10 +39,6 @@ STEP = (
 MEANINGS = {form.value: form.meaning for form in Form} | {
     "choice": "tokens for 28 layers of a step, float32 scores",
     "dispatch": "a gated update of 256 float32 numbers, 100 times",
-    "row_score": "scores of tokens by norm or cosine",
-    "value_norm": "scores of tokens by their values",
-    "attention_received": "scores of tokens by attention",
-    "relative_error": "errors of calibration for all layers",
 }
 
 
@@ -67,7 +63,7 @@ def page(found: dict) -> list[str]:
     lines += listing("Notes", case_notes(rows, found["read_gbps"]) + method_notes(methods), apart)
     for form in dict.fromkeys(row["form"] for row in rows):
         own = [row for row in rows if row["form"] == form]
-        lines += section(f"{form}: {MEANINGS[form]}", CASE, own)
+        lines += section(f"{form}: {MEANINGS.get(form, 'of tokens')}", CASE, own)
     for part in dict.fromkeys(row["part"] for row in methods):
         lines += _generations(part.capitalize(), [row for row in methods if row["part"] == part])
     return lines + absences(found["absent"])
@@ -76,7 +72,7 @@ def page(found: dict) -> list[str]:
 def head(found: dict) -> list[str]:
     """Where and when a run was made, and whether it is to be trusted."""
     machine, where = found["machine"], found["machine"]["environment"]
-    timings = [*_timings(found)]
+    timings = [row["timing"] for row in found["rows"]] + [row["generation"] for row in found["methods"]]
     noisy = sum(map(is_noisy, timings))
     cache = f"last-level cache {machine['last_level_cache_bytes'] / 2**20:.0f} MiB"
     torch_ = f"torch {where['torch']} ({machine['torch_cpu_capability']}), Python {where['python']}"
@@ -124,9 +120,3 @@ def _generations(part: str, rows: Sequence[Row]) -> list[str]:
     steps = [row | kind for row in rows for kind in row["kinds"]]
     text = "Shares of an uncached step: its time, and its FLOPs."
     return lines + section(f"{part}: steps", STEP, steps, text)
-
-
-def _timings(found: dict) -> Iterator[Row]:
-    yield from (row["timing"] for row in found["rows"])
-    for row in found["methods"]:
-        yield from (row["generation"], *(kind["timing"] for kind in row["kinds"]))

@@ -45,9 +45,8 @@ def draw_roofline(found: dict, subtitle: str, path: Path) -> None:
     figure.supylabel("achieved GB/s", fontsize=10)
     looks = {name: look for name, look in LOOKS.items() if any(row["contender"] == name for row in rows)}
     handles = [Line2D([], [], color=look[0], marker=look[1], label=name) for name, look in looks.items()]
-    handles += [
-        Line2D([], [], color="#555555", linestyle=style, label=name) for name, style in STYLES.items()
-    ]
+    for name, style in STYLES.items():
+        handles.append(Line2D([], [], color="#555555", linestyle=style, label=name))
     for name, (gbps, style) in ceilings.items():
         handles.append(Line2D([], [], color="black", linestyle=style, label=f"{name}, {gbps:.1f}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=8, frameon=False)

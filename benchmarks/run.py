@@ -4,6 +4,7 @@ python -m benchmarks.run --out out/bench [--quick] [--only PART], of PARTS below
 """
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +20,11 @@ from benchmarks.generations import (
     FORA_3,
     METHODS,
     MODEL_SIZES,
-    SESSION_SIZES,
     TINY_MODEL,
     ModelSize,
     measure_generations,
 )
-from benchmarks.machine import BRIEF, CACHES, kept_heap, load, machine, measure_bandwidth, threads
+from benchmarks.machine import BRIEF, CACHES, kept_heap, machine, measure_bandwidth, threads
 from benchmarks.report import write_report
 from benchmarks.timing import Effort
 from benchmarks.tokens import OperatorCase, dispatch_case, operator_cases
@@ -39,6 +39,7 @@ EFFORTS = {
     "methods": Effort(25.0, 3, 30),
 }
 PARTS = tuple(EFFORTS)
+SESSION_STEPS = 9
 ONCE = Effort(0.0, 2, 2)
 say = partial(print, flush=True)
 
@@ -52,7 +53,6 @@ class Programme:
     token_sizes: tuple[Size, ...] = TOKEN_SIZES
     flagship: Case = FLAGSHIP
     operators: tuple[OperatorCase, ...] = tuple(operator_cases())
-    session_sizes: tuple[ModelSize, ...] = SESSION_SIZES
     model_sizes: tuple[ModelSize, ...] = MODEL_SIZES
     inductor: str | None = "inductor"
     seconds: float = 540.0
@@ -65,10 +65,6 @@ class Programme:
             return token_cases(self.token_sizes)
         return {"flagship": [self.flagship], "dispatch": [dispatch_case()]}.get(part, self.operators)
 
-    def effort(self, part: str) -> Effort:
-        """How long a part measures."""
-        return ONCE if self.quick else EFFORTS[part]
-
 
 FULL = Programme()
 QUICK = Programme(
@@ -77,7 +73,6 @@ QUICK = Programme(
     token_sizes=(TINY_TOKENS,),
     flagship=replace(FLAGSHIP, size=TINY),
     operators=tuple(operator_cases((24,), 64, 4, 2)),
-    session_sizes=(TINY_MODEL,),
     model_sizes=(TINY_MODEL,),
     inductor=None,
 )
@@ -108,15 +103,18 @@ def run(programme: Programme, parts: Sequence[str] = PARTS) -> dict:
         bursts = [bandwidth()]
         for part in (part for part in PARTS if part in parts):
             say(part)
+            effort = ONCE if programme.quick else EFFORTS[part]
             if part in ("session", "methods"):
-                what = (programme.session_sizes, (FORA_3,)), (programme.model_sizes, METHODS)
-                sizes = what[part == "methods"]
-                made = measure_generations(programme.effort(part), *sizes, say)
+                short = [
+                    replace(size, steps=min(size.steps, SESSION_STEPS)) for size in programme.model_sizes
+                ]
+                what = (short, (FORA_3,)) if part == "session" else (programme.model_sizes, METHODS)
+                made = measure_generations(effort, *what, say)
                 methods += [row | {"part": part} for row in made]
                 continue
             with threads(1 if part in ("flagship", "dispatch") else torch.get_num_threads()):
                 own = bandwidth() if part == "flagship" else None
-                made, missing = measured(programme, part, begun)
+                made, missing = measured(programme, part, effort, begun)
                 bursts += [own or bandwidth()] if part in ("flagship", "forms") else []
             for row in made:
                 own_share = {"share_of_copy": row["gbps"] / own.copy_gbps} if own else {}
@@ -124,11 +122,11 @@ def run(programme: Programme, parts: Sequence[str] = PARTS) -> dict:
             absent += missing
     best = {key: max(getattr(one, key) for one in bursts) for key in ("copy_gbps", "read_gbps")}
     rows = [{"share_of_copy": row["gbps"] / best["copy_gbps"]} | row for row in rows]
-    found |= {"seconds": time.perf_counter() - begun, "load_after": load(), **best}
+    found |= {"seconds": time.perf_counter() - begun, "load_after": os.getloadavg()[0], **best}
     return found | {"bandwidths": [*map(asdict, bursts)], "rows": rows, "methods": methods, "absent": absent}
 
 
-def measured(programme: Programme, part: str, begun: float) -> tuple[list[Row], list[Row]]:
+def measured(programme: Programme, part: str, effort: Effort, begun: float) -> tuple[list[Row], list[Row]]:
     """(rows, absences) of a part, with a line about each case. begun: a reading of time.perf_counter."""
     rows, absent, cases_ = [], [], programme.cases(part)
     copies = 2 if programme.quick else MAX_COPIES
@@ -137,7 +135,7 @@ def measured(programme: Programme, part: str, begun: float) -> tuple[list[Row], 
             reason = f"the wall-time budget of the run, {programme.seconds:.0f} s, was used up"
             absent.append(absence(case.name, None, reason))
             continue
-        found, missing = measure_case(case, CPU, programme.effort(part), programme.inductor, copies)
+        found, missing = measure_case(case, CPU, effort, programme.inductor, copies)
         rows, absent = rows + found, absent + missing
         say(f"{number}/{len(cases_)} {case.name}: {outcome(found, missing)}")
     return rows, absent

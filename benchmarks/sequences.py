@@ -27,6 +27,7 @@ Binder = Callable[..., Call]  # operands to a call without arguments
 
 NAIVE, BEST, COMPILED = "naive", "best eager", "torch.compile"
 AUTOTUNED = "torch.compile autotuned"
+COMPARED = {"vs_naive": NAIVE, "vs_best_eager": BEST, "vs_compile": COMPILED, "vs_autotuned": AUTOTUNED}
 OURS = "fastcache"  # on the backend that FastCache chooses
 OURS_EAGER = "fastcache eager"  # its definition, for reference
 MLP_ALONE = "MLP alone"  # no contender, but what remains where the stream costs nothing
@@ -74,19 +75,6 @@ def best_forecast(x: Tensor, differences: Sequence[Tensor], gates: Sequence[Tens
     return best_trunk(x, [prediction], gates[:1])
 
 
-def naive_errors(feature: Tensor, reference: Tensor) -> Outputs:
-    sums = [part.abs().sum((1, 2)) for part in (feature - reference, feature, reference)]
-    return (torch.stack(sums, dim=1),)
-
-
-def best_errors(feature: Tensor, reference: Tensor) -> Outputs:
-    """One temporary; `torch.linalg.vector_norm(..., 1)` moves fewer bytes and is slower on a CPU."""
-    part = torch.sub(feature, reference)
-    sums = [part.abs_().sum((1, 2))]
-    sums += [torch.abs(tensor, out=part).sum((1, 2)) for tensor in (feature, reference)]
-    return (torch.stack(sums, dim=1),)
-
-
 def update_modulate(sums: Sum, modulate: Callable[..., Outputs], x, features, gates, shift, scale) -> Outputs:
     (x,) = sums(x, features, gates)
     return (x, *modulate(x, shift, scale))
@@ -121,8 +109,6 @@ def host(form: Form) -> tuple[Callable[[Operands], tuple], Callable[..., Outputs
     if form is Form.STORE:
         names = attrgetter("x", "slot", "fresh", "gates")
         return names, partial(store, naive_trunk), partial(store, best_trunk)
-    if form is Form.ERRORS:
-        return lambda i: (i.features[0], i.reference), naive_errors, best_errors
     return attrgetter("x", "features", "gates"), naive_trunk, best_trunk
 
 
@@ -145,8 +131,6 @@ def ours(form: Form, i: Operands) -> Call:
         return partial(_with_body, launch, i.body) if partial_block else launch
     if form.order:
         return partial(residual_update, i.x, i.features, i.gate, weights=i.weights)
-    if form is Form.ERRORS:
-        return partial(residual_update, i.x, i.features, reference=i.reference, need_x=False)
     if form is Form.MODULATE:
         return partial(residual_update, i.x, (), **modulated, need_x=False)
     update = partial(residual_update, i.x, i.features[0], i.gate)
@@ -233,7 +217,7 @@ class FormSequences(Sequences):
 
     @property
     def _whole(self) -> bool:
-        return self.case.form in REFRESHING or self.case.form is Form.ERRORS
+        return self.case.form in REFRESHING
 
     def _tokens(self, i: Operands) -> Tensor:
         most = min(self.case.size.tokens, max(2, ROWS // self.case.size.batch))
@@ -265,12 +249,11 @@ def within_eager(bind: Binder, operands) -> Call:
 def allowed_error(case: Case) -> float:
     """Relative RMS of as many roundings as the naive sequence makes: two a term, adding up as a random walk.
 
-    The error sums add N D numbers in float32, at worst one after the other; an MLP sums too.
+    An MLP sums too.
     """
     unit = torch.finfo(case.dtype).eps / 2
-    summed = case.size.tokens * case.size.channels if case.form is Form.ERRORS else 0
     rounded = 32 if case.form in PARTIAL_BLOCKS else 4 + 2 * case.terms**0.5
-    return unit * rounded + torch.finfo(torch.float32).eps / 2 * summed**0.5
+    return unit * rounded
 
 
 def relative_rms(found: Tensor, exact: Tensor) -> float:

@@ -6,7 +6,8 @@ no row has anything is left out.
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.contest import COMPARED, Row
+from benchmarks.contest import Row
+from benchmarks.sequences import COMPARED
 
 NOISY = 1.5  # p90 over p10 beyond which a median is marked
 APART = 1.15  # wall over CPU ratio, and measured over ideal, beyond which a row gets a note

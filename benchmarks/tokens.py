@@ -15,14 +15,7 @@ from torch import Tensor
 from benchmarks.cases import DTYPE_NAMES, LAYERS, ChoiceCase, Size
 from benchmarks.originals import choose, with_bonus
 from benchmarks.sequences import BEST, NAIVE, OURS, OURS_EAGER, Binder, Outputs, Sequences, within_eager
-from fastcache.ops import (
-    attention_received,
-    relative_error,
-    residual_update,
-    row_score,
-    select_tokens_,
-    value_norm,
-)
+from fastcache import ops
 from fastcache.policies import ToCa
 from fastcache.policies.toca import DIT
 from fastcache.schedule import Score, Selection
@@ -75,7 +68,7 @@ def in_one_launch(i: Choice) -> Outputs:
     """Ours."""
     scores, ages, side = i.scores.flatten(0, 1), i.ages.flatten(0, 1), round(i.scores.shape[-1] ** 0.5)
     bonus = {"width": side, "cell": SELECTION.cell, "bonus": SELECTION.bonus}
-    return select_tokens_(scores, ages, i.device_counts, max(i.counts), age_weight=AGE_WEIGHT, **bonus)
+    return ops.select_tokens_(scores, ages, i.device_counts, max(i.counts), age_weight=AGE_WEIGHT, **bonus)
 
 
 class ChoiceSequences(Sequences):
@@ -155,6 +148,10 @@ class OperatorCase:
     working_bytes = operand_bytes
 
 
+def _on_arguments(call: Callable[..., Tensor]) -> Binder:
+    return lambda arguments: partial(call, *arguments)
+
+
 class OperatorSequences(Sequences):
     """FastCache's eager definition is what every contender must give."""
 
@@ -162,7 +159,7 @@ class OperatorSequences(Sequences):
         super().__init__(case)
         self.allowed = case.allowed
         found = {NAIVE: case.plain, BEST: case.best or case.plain, OURS: case.ours}
-        bound = {name: partial(_on_arguments, call) for name, call in found.items()}
+        bound = {name: _on_arguments(call) for name, call in found.items()}
         self.contenders = bound | {OURS_EAGER: partial(within_eager, bound[OURS])}
 
     def make(self, device: torch.device, seed: int = 0) -> tuple:
@@ -178,14 +175,11 @@ class OperatorSequences(Sequences):
     def compiled(self, backend: str = "inductor", mode: str | None = None) -> Binder:
         torch.compiler.reset()
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-        return partial(_on_arguments, (self.case.wrapped or (lambda to: to(self.case.plain)))(compiled))
+        wrapped = self.case.wrapped or (lambda to: to(self.case.plain))
+        return _on_arguments(wrapped(compiled))
 
     def exact(self, operands: tuple) -> Outputs:
         return (self.contenders[OURS_EAGER](operands)(),)
-
-
-def _on_arguments(call: Callable[..., Tensor], arguments: tuple) -> Callable[[], Tensor]:
-    return partial(call, *arguments)
 
 
 def operator_cases(
@@ -193,29 +187,26 @@ def operator_cases(
 ) -> list[OperatorCase]:
     """Scores at the sizes of DiT-XL/2, errors of calibration, and attention up to 1024 tokens."""
     found, head = [], channels // heads
+    best_norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+    values = lambda call: lambda qkv: call(qkv.permute(2, 0, 3, 1, 4)[2])
     for dtype in (torch.bfloat16, torch.float32):
+        row = channels * dtype.itemsize
         for N in tokens:
-            shape, row, score = (SAMPLES, N, channels), channels * dtype.itemsize, ("row_score",)
-            size = Size(f"norm-{SAMPLES}x{N}x{channels}", *shape)
-            moved, calls = (
-                SAMPLES * N * (row + 4),
-                (row_score, _norm, partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)),
-            )
-            found.append(OperatorCase(*score, size, dtype, moved, (shape,), *calls))
-            size, moved = Size(f"cosine-{SAMPLES}x{N}x{channels}", *shape), SAMPLES * N * (2 * row + 4)
-            found.append(OperatorCase(*score, size, dtype, moved, (shape, shape), row_score, _distance))
-        N, row = tokens[0], channels * dtype.itemsize
-        size = Size(f"{SAMPLES}x{heads}x{N}x{head}", SAMPLES, N, channels)
-        shape, moved = (SAMPLES, N, 3, heads, head), SAMPLES * N * (row + 4)
-        values = lambda call: lambda qkv: call(qkv.permute(2, 0, 3, 1, 4)[2])
-        calls = values(value_norm), values(_value_norm)
-        found.append(OperatorCase("value_norm", size, dtype, moved, (shape,), *calls))
+            shape, what = (SAMPLES, N, channels), f"{SAMPLES}x{N}x{channels}"
+            size, moved = ("row_score", Size(f"norm-{what}", *shape)), SAMPLES * N * (row + 4)
+            found.append(OperatorCase(*size, dtype, moved, (shape,), ops.row_score, _norm, best_norm))
+            size, moved = ("row_score", Size(f"cosine-{what}", *shape)), SAMPLES * N * (2 * row + 4)
+            found.append(OperatorCase(*size, dtype, moved, (shape, shape), ops.row_score, _distance))
+        N, shape = tokens[0], (SAMPLES, tokens[0], 3, heads, head)
+        size = "value_norm", Size(f"{SAMPLES}x{heads}x{N}x{head}", SAMPLES, N, channels)
+        calls = values(ops.value_norm), values(_value_norm)
+        found.append(OperatorCase(*size, dtype, SAMPLES * N * (row + 4), (shape,), *calls))
         found.append(_calibration(N, channels, 2 * layers, dtype))
     for N in (min(count, 1024) for count in tokens):
         shape, moved = (SAMPLES, heads, N, head), 4 * SAMPLES * (2 * channels * N + N)
-        size, of = Size("x".join(map(str, shape)), SAMPLES, N, channels), ("attention_received",)
-        calls = {"ours": attention_received, "plain": _received, "allowed": 1e-4}
-        found.append(OperatorCase(*of, size, torch.float32, moved, (shape, shape), **calls))
+        size = "attention_received", Size("x".join(map(str, shape)), SAMPLES, N, channels), torch.float32
+        calls = {"ours": ops.attention_received, "plain": _received, "allowed": 1e-4}
+        found.append(OperatorCase(*size, moved, (shape, shape), **calls))
     return found
 
 
@@ -253,8 +244,8 @@ def _calibration(N: int, D: int, layers: int, dtype: torch.dtype) -> OperatorCas
     shapes = [shape] * layers, [shape] * layers * LOOKAHEADS
     size = Size(f"{LOOKAHEADS}x{layers}x{SAMPLES}x{N}x{D}", *shape)
     moved, what = (1 + LOOKAHEADS) * layers * size.elements * dtype.itemsize, ("relative_error", size, dtype)
-    calls = {"ours": relative_error, "plain": looped(_relative), "wrapped": lambda to: looped(to(_relative))}
-    return OperatorCase(*what, moved, shapes, **calls, allowed=1e-4)
+    calls = ops.relative_error, looped(_relative), None, lambda to: looped(to(_relative)), 1e-4
+    return OperatorCase(*what, moved, shapes, *calls)
 
 
 def dispatch_case() -> OperatorCase:
@@ -270,7 +261,7 @@ def dispatch_case() -> OperatorCase:
 
     plain = lambda x, feature, gate: x + gate[:, None] * feature
     best = lambda x, feature, gate: torch.addcmul(x, gate[:, None], feature)
-    ours = lambda x, feature, gate: residual_update(x, feature, gate).x
+    ours = lambda x, feature, gate: ops.residual_update(x, feature, gate).x
     what, shapes = ("dispatch", Size(f"{CALLS} calls", 1, 4, 64)), ((1, 4, 64), (1, 4, 64), (1, 64))
     calls = *map(repeated, (ours, plain, best)), lambda to: repeated(to(plain))
     return OperatorCase(*what, torch.float32, 4 * CALLS * 13 * 64, shapes, *calls)

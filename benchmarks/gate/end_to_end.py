@@ -45,7 +45,6 @@ COMPARED = 4  # last steps, cheap ones among them
 PIXELS = 8  # of a latent pixel's side
 LEAST_SECONDS = 5  # that must be left to begin a way
 GENERATIONS, WARM_STEPS, REPLAYS = 3, 6, 50
-SETTLED = {"ToCa": 0.3, "DuCa": 0.3}  # share of a generation after which tokens are refreshed
 SLACK, EXTRA_US = 1.15, 60.0  # the target for a graphed reuse step: SLACK x the trunk's floor + EXTRA_US
 
 
@@ -116,8 +115,7 @@ def measured(stage: Stage, contest: Contest, entrant: Entrant) -> Found:
         rounds = 1 if stage.dry_run else GENERATIONS
         while len(found.generations) < rounds and not (found.generations and stage.seconds_left < 10):
             found.generations.append(control.generate(kept=COMPARED))
-        settled = round(SETTLED.get(method.name if method else "", 0.0) * steps)
-        found.costs = counted(control, contest.kinds(method), settled)
+        found.costs = counted(control, contest.kinds(method))
     return found
 
 
@@ -134,19 +132,17 @@ def error_of(entrant: Entrant, found: Tensor, outputs: dict[Entrant, Tensor]) ->
     return error
 
 
-def counted(control: Control, kinds: list[str], settled: int = 0) -> dict[str, dict]:
-    """Launches of the second step of each kind from `settled` on (the first of some keeps features)."""
-    places = {kind: [k for k, one in enumerate(kinds) if one == kind and k >= settled] for kind in kinds}
-    second = {steps[:2][-1]: kind for kind, steps in places.items() if steps}
+def counted(control: Control, kinds: list[str]) -> dict[str, dict]:
+    """Launches of the last step of each kind (the first of some keep features for later, or refresh none)."""
+    last = {kind: step for step, kind in enumerate(kinds)}
     found: dict[str, dict] = {}
     control.begin()
-    for step in range(max(second) + 1):
-        if step in second:
+    for step, kind in enumerate(kinds):
+        if step == last[kind]:
             call = lambda step=step: control.call(step)
-            found[second[step]] = {"launches": launches(call, control.contest.device)}
+            found[kind] = {"launches": launches(call, control.contest.device)}
         else:
             control.call(step)
-    control.stop()
     return found
 
 

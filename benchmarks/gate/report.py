@@ -27,22 +27,18 @@ NOTHING = (
 )
 
 
-class BadResults(Exception):
-    """A file among the results is none."""
-
-
 def runs(folder: Path) -> dict[str, dict]:
-    """The committed runs by name. Raises BadResults for a file that is none."""
+    """The committed runs by name. Exits with a message about a file that is none."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
         except ValueError as reason:
-            raise BadResults(f"{path.name}: is not JSON ({reason})") from reason
+            sys.exit(f"report: {path.name}: is not JSON ({reason})")
         if not isinstance(content, dict) or content.get("format") != FORMAT or "stages" not in content:
-            raise BadResults(f"{path.name}: expected a result of benchmarks/gpu_gate.sh of format {FORMAT}")
+            sys.exit(f"report: {path.name}: expected a result of benchmarks/gpu_gate.sh of format {FORMAT}")
         if content["dry_run"]:
-            raise BadResults(f"{path.name}: is a dry run, which measures nothing; remove it from the results")
+            sys.exit(f"report: {path.name}: is a dry run, which measures nothing; remove it from the results")
         found[path.stem] = content
     return found
 
@@ -97,10 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=Path("out/report"))
     options = parser.parse_args(arguments)
-    try:
-        contents = runs(options.results)
-    except BadResults as reason:
-        sys.exit(f"report: {reason}")
+    contents = runs(options.results)
     if not contents:
         print(f"report: {NOTHING}")
         return

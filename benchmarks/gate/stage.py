@@ -80,10 +80,10 @@ def run(name: str, work: Callable[[Stage], None]) -> None:
     try:
         work(stage)
     except Exception as error:
-        lines = str(error).strip().splitlines() or ["no message"]
-        reason = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {lines[0]}"
-        if not isinstance(error, Failed):
+        if isinstance(error, Failed):
+            stage.put(status="failed", reason=str(error))
+        else:
             traceback.print_exc()
-        stage.put(status="failed", reason=reason)
+            stage.put(status="failed", reason=traceback.format_exception_only(error)[-1].strip())
         sys.exit(1)
     stage.put(status="done")
