@@ -15,15 +15,7 @@ import torch
 
 from benchmarks.cases import FLAGSHIP, SIZES, TINY, TINY_TOKENS, TOKEN_SIZES, Case, Size, cases, token_cases
 from benchmarks.contest import MAX_COPIES, AnyCase, Row, absence, measure_case, outcome
-from benchmarks.generations import (
-    CPU,
-    FORA_3,
-    METHODS,
-    MODEL_SIZES,
-    TINY_MODEL,
-    ModelSize,
-    measure_generations,
-)
+from benchmarks.generations import CPU, FORA_3, METHODS, MODEL_SIZES, TINY_MODEL, measure_generations
 from benchmarks.machine import BRIEF, CACHES, kept_heap, machine, measure_bandwidth, threads
 from benchmarks.report import write_report
 from benchmarks.timing import Effort
@@ -53,7 +45,7 @@ class Programme:
     token_sizes: tuple[Size, ...] = TOKEN_SIZES
     flagship: Case = FLAGSHIP
     operators: tuple[OperatorCase, ...] = tuple(operator_cases())
-    model_sizes: tuple[ModelSize, ...] = MODEL_SIZES
+    model_sizes: tuple = MODEL_SIZES
     inductor: str | None = "inductor"
     seconds: float = 540.0
 
@@ -105,9 +97,7 @@ def run(programme: Programme, parts: Sequence[str] = PARTS) -> dict:
             say(part)
             effort = ONCE if programme.quick else EFFORTS[part]
             if part in ("session", "methods"):
-                short = [
-                    replace(size, steps=min(size.steps, SESSION_STEPS)) for size in programme.model_sizes
-                ]
+                short = [replace(size, steps=SESSION_STEPS) for size in programme.model_sizes]
                 what = (short, (FORA_3,)) if part == "session" else (programme.model_sizes, METHODS)
                 made = measure_generations(effort, *what, say)
                 methods += [row | {"part": part} for row in made]

@@ -18,7 +18,8 @@ CALLS = (
     ("packed-gates", "bf16", 33, 1152), ("gated-per-token", "bf16", 5, 72), ("float8", "bf16", 9, 136),
     ("sum", "fp32", 5, 7), ("all", "bf16", 19, 1152), ("all", "fp32", 9, 3072), ("all", "bf16", 5, 1155),
     ("refresh-between", "bf16", 33, 1152), ("refresh-all", "bf16", 19, 3072),
-    ("float8-refresh", "bf16", 9, 1152), ("errors-only", "bf16", 300, 136), ("packed-rows-only", "fp16", 17, 1536),
+    ("float8-refresh", "bf16", 9, 1152), ("errors-only", "bf16", 300, 136),
+    ("packed-rows-only", "fp16", 17, 1536),
 )  # fmt: skip
 
 
@@ -41,17 +42,17 @@ def sanitizer(stage: Stage) -> None:
     if not stage.dry_run and not found.path:
         stage.put(reason=f"skipped: compute-sanitizer was not found; {found.fix}")
         return
-    # without the caching allocator every tensor is an allocation of its own, so that a read beyond it is seen
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    # without the caching allocator every tensor is an allocation of its own: reads beyond it are seen
+    pipes["env"] = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     started, verdicts = {}, {}
     status = fastcache.backends_status()
     for backend in (name for name in BACKENDS if stage.dry_run or status[name].available):
-        code = f"from benchmarks.gate.sanitizer import watched; watched({backend!r})"
+        call = f"from benchmarks.gate.sanitizer import watched; watched({backend!r})"
         for name in ("rehearsal",) if stage.dry_run else TOOLS:
             watching = [] if stage.dry_run else [found.path, "--tool", name, "--error-exitcode", "86"]
-            command = [*watching, sys.executable, "-c", code]
-            started[f"{name} {backend}"] = subprocess.Popen(command, env=environment, **pipes)
+            command = [*watching, sys.executable, "-c", call]
+            started[f"{name} {backend}"] = subprocess.Popen(command, **pipes)
     for name, process in started.items():
         try:
             output, _ = process.communicate(timeout=None if stage.dry_run else max(1.0, stage.seconds_left))
@@ -62,8 +63,7 @@ def sanitizer(stage: Stage) -> None:
         stage.put(verdicts=verdicts)
         stage.add("output", {"run": name, "lines": output.splitlines()[-20:]})
         stage.say(f"{name}: {verdicts[name]}")
-    bad = [name for name, text in verdicts.items() if text.startswith("status")]
-    if bad:
+    if bad := [name for name, text in verdicts.items() if text.startswith("status")]:
         raise Failed(f"found something: {', '.join(bad)}; see `output`")
 
 
@@ -72,9 +72,8 @@ def verdict(code: int, output: str) -> str:
     refused = re.search(r"Error: Device not supported.*", output)
     if refused:
         return f"cannot run on this machine: {refused[0]}"
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
-    found = f"status {code}: {summary[-1] if summary else 'no summary'}"
-    return "clean" if code == 0 and "ok" in output else found
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output) or ["no summary"]
+    return "clean" if code == 0 and "ok" in output else f"status {code}: {summary[-1]}"
 
 
 if __name__ == "__main__":
