@@ -22,7 +22,6 @@ from benchmarks.contest import (
     sequences_of,
 )
 from benchmarks.machine import threads
-from benchmarks.operands import Operands
 from benchmarks.run import PARTS, QUICK, main, measured
 from benchmarks.tables import case_notes, method_notes
 from benchmarks.timing import Effort, Sample, Timing, measure
@@ -88,15 +87,6 @@ def test_every_contender_gives_what_the_definition_gives(case) -> None:
     assert all(row["timing"]["cpu_us"] > 0 and row["bytes"] == case.min_bytes for row in rows)
     launches = {"block": 4, "dispatch": 100}.get(case.label, 1)  # of a block, and two GEMMs and a GELU
     assert next(row["operators"] for row in rows if row["contender"] == "fastcache") == launches
-    assert case.operand_bytes >= sum(map(nbytes, Prepared(case, CPU, 1).buffers))
-
-
-def nbytes(operands) -> int:
-    """Bytes of the whole tensors and rows among the operands of a form."""
-    if not isinstance(operands, Operands):
-        return 0
-    found = (operands.x, *operands.features, operands.slot, operands.fresh)
-    return sum({id(one): one.nbytes for one in found if one is not None}.values())
 
 
 def test_one_sample_takes_the_affine_layer_norm_and_agrees() -> None:

@@ -139,24 +139,20 @@ def test_a_failed_build_is_named_by_its_first_error() -> None:
     assert build.first_error("one\ntwo\nthree") == "two three" and build.first_error("") == ""
 
 
-class Report:
-    """As pytest reports a test."""
-
-    def __init__(self, when: str, outcome: str, text: str = "") -> None:
-        self.when, self.outcome, self.nodeid = when, outcome, "tests/gpu/test_x.py::test_y"
-        self.longrepr = ("file", 1, text) if outcome == "skipped" else text
-
-
 def test_tests_are_counted_and_failures_named_as_they_come(tmp_path: Path) -> None:
-    progress = Progress(stage(tmp_path, "tests"))
-    progress.pytest_runtest_logreport(Report("setup", "passed"))
-    progress.pytest_runtest_logreport(Report("call", "passed"))
-    progress.pytest_runtest_logreport(Report("teardown", "passed"))
-    progress.pytest_runtest_logreport(Report("setup", "skipped", "one GPU"))
-    progress.pytest_runtest_logreport(Report("call", "failed", "trace\nE  assert 1 == 2"))
+    progress, name = Progress(stage(tmp_path, "tests")), "tests/gpu/test_x.py::test_y"
+
+    def report(when: str, outcome: str, longrepr: object = "") -> None:
+        found = {"when": when, "outcome": outcome, "longrepr": longrepr, "nodeid": name}
+        progress.pytest_runtest_logreport(argparse.Namespace(**found))
+
+    report("setup", "passed")
+    report("call", "passed")
+    report("setup", "skipped", ("file", 1, "one GPU"))
+    report("call", "failed", "trace\nE  assert 1 == 2")
     kept = found(tmp_path)["tests"]
     assert kept["counts"] == {"passed": 1, "failed": 1, "skipped": 1} and kept["skipped"] == {"one GPU": 1}
-    assert kept["failures"] == [{"test": "tests/gpu/test_x.py::test_y", "error": "E  assert 1 == 2"}]
+    assert kept["failures"] == [{"test": name, "error": "E  assert 1 == 2"}]
 
 
 def test_without_compute_sanitizer_the_stage_is_skipped_with_the_reason(monkeypatch, tmp_path: Path) -> None:
