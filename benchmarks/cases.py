@@ -1,5 +1,4 @@
-"""What is measured, and the bytes that each case must move at least. Nothing here knows a device or a
-clock."""
+"""What is measured, and the bytes that each case must move at least. Nothing here knows a device or clock."""
 
 import enum
 from collections.abc import Sequence
@@ -31,9 +30,6 @@ class Form(str, enum.Enum):
     REFRESH = "refresh", "slot takes 30 % fresh rows, x' = x + g * slot, h of another 30 %"
     FORECAST_2 = "forecast-2", "x + g * sum_k w_k F_k, order 2 (three features)"
     FORECAST_4 = "forecast-4", "x + g * sum_k w_k F_k, order 4 (five features)"
-    ERRORS = "errors", "sums of |F - R|, |F| and |R| per sample"
-    UPDATE_MODULATE_RMS = "update-modulate-rms", "x' = x + g * F and h = RMSNorm(x') * (1 + scale) + shift"
-    MODULATE_RMS = "modulate-rms", "h = RMSNorm(x) * (1 + scale) + shift"
     STREAM = "stream", "slot takes K fresh rows, x' = x + g * slot + g' * attention, h of K other rows"
     BLOCK = "block", "the same, and the MLP on the K rows of h"
 
@@ -45,23 +41,15 @@ class Form(str, enum.Enum):
 
 SINGLE_UPDATES = (Form.UPDATE, Form.UPDATE_MODULATE, Form.MODULATE)
 PARTIAL_BLOCKS = (Form.STREAM, Form.BLOCK)  # the part `tokens`
-RMS = (
-    Form.UPDATE_MODULATE_RMS,
-    Form.MODULATE_RMS,
-)  # for kernels of other projects, on a GPU
 REFRESHING = (*PARTIAL_BLOCKS, Form.REFRESH)  # rows are gathered and scattered, so that tokens mix
 WRITING = (*REFRESHING, Form.STORE)  # a stored feature is written in place
 MODULATING = (*REFRESHING, *(form for form in Form if "modulate" in form.value))
-FORMS = tuple(form for form in Form if form not in RMS and form not in PARTIAL_BLOCKS)
+FORMS = tuple(form for form in Form if form not in PARTIAL_BLOCKS)
 
 
 @dataclass(frozen=True)
 class Size:
-    """x is [batch, tokens, channels]; `terms` cached branches in a trunk; forms and dtypes measured at this
-    size.
-
-    For choices of tokens, `tokens` is a square of an even side, as the spatial bonus needs it.
-    """
+    """x is [batch, tokens, channels]; `terms` branches in a trunk; forms and dtypes measured at this size."""
 
     name: str
     batch: int
@@ -76,35 +64,29 @@ class Size:
         """Elements of x."""
         return self.batch * self.tokens * self.channels
 
-    @property
-    def slug(self) -> str:
-        """The name for test ids: `dit-256-b2`."""
-        return self.name.lower().replace(" ", "-")
-
 
 BOTH, FP32 = (torch.bfloat16, torch.float32), (torch.float32,)
 SIZES = (
-    Size("DiT-256 B2", 2, 256, dtypes=BOTH),
-    Size("DiT-512 B2", 2, 1024, dtypes=BOTH),  # the same bytes as DiT-256 B8
-    Size("DiT-256 B64", 64, 256, dtypes=BOTH),
-    Size("PixArt-1024 B2", 2, 4096),
-    Size("FLUX B1", 1, 4608, 3072, 76),
-    Size("Wan-480p B1", 1, 32760, 5120, 80, forms=SINGLE_UPDATES),
+    Size("DiT-256-B2", 2, 256, dtypes=BOTH),
+    Size("DiT-512-B2", 2, 1024, dtypes=BOTH),  # the same bytes as DiT-256 B8
+    Size("DiT-256-B64", 64, 256, dtypes=BOTH),
+    Size("PixArt-1024-B2", 2, 4096),
+    Size("FLUX-B1", 1, 4608, 3072, 76),
+    Size("Wan-480p-B1", 1, 32760, 5120, 80, forms=SINGLE_UPDATES),
 )
-TOKEN_SIZES = tuple(
-    Size(f"N{tokens} B{batch}", batch, tokens, dtypes=FP32, forms=PARTIAL_BLOCKS)
+TOKEN_SIZES = tuple(  # squares of an even side, as the spatial bonus needs them
+    Size(f"N{tokens}-B{batch}", batch, tokens, dtypes=FP32, forms=PARTIAL_BLOCKS)
     for batch, tokens in ((2, 256), (2, 1024), (2, 4096), (1, 24336))
 )
 # for tests and --quick: correct, and too small to mean anything
-TINY = Size("Tiny B2", 2, 24, 64, 5, BOTH)
-TINY_TOKENS = Size("Tiny B2", 2, 16, 32, dtypes=FP32, forms=PARTIAL_BLOCKS)
+TINY = Size("Tiny-B2", 2, 24, 64, 5, BOTH)
+TINY_TOKENS = Size("Tiny-B2", 2, 16, 32, dtypes=FP32, forms=PARTIAL_BLOCKS)
 SHARES = (0.01, 0.07, 0.25, 0.6)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One form at one size in one dtype (of x, features and vectors alike). share: of tokens that are
-    refreshed."""
+    """One form at one size in one dtype. share: of tokens that are refreshed."""
 
     form: Form
     size: Size
@@ -118,9 +100,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        """`trunk-dit-256-b2-bf16`, `block-n256-b2-7pc-fp32`."""
+        """`trunk-DiT-256-B2-bf16`, `block-N256-B2-7pc-fp32`."""
         share = f"{100 * self.share:.0f}pc-" if self.form in PARTIAL_BLOCKS else ""
-        return f"{self.label}-{self.size.slug}-{share}{DTYPE_NAMES[self.dtype]}"
+        return f"{self.label}-{self.size.name}-{share}{DTYPE_NAMES[self.dtype]}"
 
     @property
     def rows(self) -> int:
@@ -163,37 +145,20 @@ class Case:
 
     @property
     def min_bytes(self) -> int:
-        """Least bytes that any implementation reads and writes, each operand once.
-
-        U = B N D e bytes of one tensor, V = B D e of one vector, r = K / N, J terms, m the order:
-
-            trunk            (J + 2) U + J V + 4 J         x, J features, x'; J gates; gate_index
-            update           3 U + V                       x, F, x'; gate
-            update-modulate  4 U + 3 V                     x, F, x', h; gate, shift, scale
-            modulate         2 U + 2 V                     x, h; shift, scale
-            store            4 U + V                       x, F, slot, x'; gate
-            refresh          (3 + 2 r) U + 3 V + 8 B N     x, slot or fresh, x'; rows of slot and h; two slot
-            maps forecast-m       (m + 3) U + V + 4 (m + 1)     x, m + 1 features, x'; gate; weights
-            errors           2 U + 12 B                    F, R; three fp32 sums per sample
-            ...-rms          as with LayerNorm
-            stream           (4 + 2 r) U + 4 V + 8 B N     as refresh; the attention's feature and gate
-            block            as stream, and its MLP's weights
-        """
+        """Least bytes that any implementation reads and writes: each operand once, and a block's weights."""
         J, size = self.terms, self.size
-        maps = 2 * size.batch * size.tokens
+        maps = 2 * size.batch * size.tokens  # two slot maps
+        # of [B, N, D], [B, K, D], [B, D] and 4 bytes: how many; x', h and what is written in place included
         tensors, rows, vectors, words = {
-            Form.TRUNK: (J + 2, 0, J, J),
+            Form.TRUNK: (J + 2, 0, J, J),  # gate_index
             Form.UPDATE: (3, 0, 1, 0),
             Form.UPDATE_MODULATE: (4, 0, 3, 0),
             Form.MODULATE: (2, 0, 2, 0),
             Form.STORE: (4, 0, 1, 0),
-            Form.REFRESH: (3, 2, 3, maps),
-            Form.FORECAST_2: (J + 2, 0, 1, J),
+            Form.REFRESH: (3, 2, 3, maps),  # of slot and fresh rows, every row is read from one
+            Form.FORECAST_2: (J + 2, 0, 1, J),  # weights
             Form.FORECAST_4: (J + 2, 0, 1, J),
-            Form.ERRORS: (2, 0, 0, 3 * size.batch),
-            Form.UPDATE_MODULATE_RMS: (4, 0, 3, 0),
-            Form.MODULATE_RMS: (2, 0, 2, 0),
-            Form.STREAM: (4, 2, 4, maps),
+            Form.STREAM: (4, 2, 4, maps),  # the attention's feature and gate too
             Form.BLOCK: (4, 2, 4, maps),
         }[self.form]
         per_row = tensors * size.tokens + rows * self.rows + vectors
@@ -214,8 +179,8 @@ class ChoiceCase:
 
     @property
     def name(self) -> str:
-        """`choice-n256-b2-18pc`."""
-        return f"choice-{self.size.slug}-{100 * self.share:.0f}pc"
+        """`choice-N256-B2-18pc`."""
+        return f"choice-{self.size.name}-{100 * self.share:.0f}pc"
 
     @property
     def counts(self) -> list[int]:
@@ -231,34 +196,23 @@ class ChoiceCase:
 
     @property
     def min_bytes(self) -> int:
-        """A score and an age read, an age and a slot written, 4 bytes each, for every token of every
-        layer."""
+        """A score and an age read, an age and a slot written, 4 bytes each, for all tokens and layers."""
         return 16 * self.layers * self.size.batch * self.size.tokens
 
-    @property
-    def operand_bytes(self) -> int:
-        """Scores and ages."""
-        return self.min_bytes // 2
-
-    working_bytes = operand_bytes
+    operand_bytes = working_bytes = min_bytes
 
 
 def cases(sizes: Sequence[Size] = SIZES) -> list[Case]:
     """Every case: bf16 at all sizes first, small before large, then fp32."""
-    dtypes = [dtype for dtype in BOTH if any(dtype in size.dtypes for size in sizes)]
-    sized = [(dtype, size) for dtype in dtypes for size in sizes if dtype in size.dtypes]
+    sized = [(dtype, size) for dtype in BOTH for size in sizes if dtype in size.dtypes]
     return [Case(form, size, dtype) for dtype, size in sized for form in size.forms]
 
 
-def block_cases(sizes: Sequence[Size] = TOKEN_SIZES, shares: Sequence[float] = SHARES) -> list[Case]:
-    """Partial blocks: the stream alone first, small before large."""
-    return [
-        Case(work, size, dtype, share)
-        for work in PARTIAL_BLOCKS
-        for size in sizes
-        for dtype in size.dtypes
-        for share in shares
-    ]
+def token_cases(sizes: Sequence[Size] = TOKEN_SIZES, shares: Sequence[float] = SHARES) -> list:
+    """Choices of tokens, then partial blocks: the stream alone first, small before large."""
+    works = [(work, size) for work in PARTIAL_BLOCKS for size in sizes]
+    blocks = [Case(*work, dtype, share) for work in works for dtype in work[1].dtypes for share in shares]
+    return [*map(ChoiceCase, sizes), *blocks]
 
 
 FLAGSHIP = Case(Form.TRUNK, SIZES[0], torch.bfloat16)

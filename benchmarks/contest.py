@@ -1,14 +1,24 @@
-"""One case: memory guard, rotating buffers, values, times. Every contender is checked before it is timed."""
+"""One case: memory guard, rotating buffers, values, times. Every contender is checked before it is timed.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+A row is one contender of one case, as it is in the JSON:
+
+- bytes: the least that is moved, and gbps: what a perfect implementation would have needed in this time;
+- share_of_copy: gbps over the copy bandwidth of the run; cache: cold if the rotating buffers exceed twice the
+  last-level cache; rows: K, tokens that are refreshed;
+- error: relative RMS, or share of tokens chosen otherwise; operators: that a call dispatches, views excluded;
+- vs_*: times faster than that contender (its median over ours); cpu_vs_naive: as vs_naive, of CPU time;
+- beside_us: of a block, the time without that of its MLP.
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
 from benchmarks.cases import DTYPE_NAMES, Case, ChoiceCase
 from benchmarks.machine import free_bytes, last_level_cache_bytes
-from benchmarks.sequences import BEST, COMPILED, MLP_ALONE, NAIVE, Binder, Call, FormSequences, Sequences
+from benchmarks.sequences import COMPARED, COMPILED, MLP_ALONE, NAIVE, Binder, Call, FormSequences, Sequences
 from benchmarks.timing import Effort, Timing, measure
 from benchmarks.tokens import ChoiceSequences, OperatorCase, OperatorSequences
 from fastcache.engine.record import OperatorCount
@@ -18,7 +28,7 @@ COLD = 2  # last-level caches that the rotating buffers must exceed
 MOST_FLOPS = 6e10  # of a block on a CPU: beyond, one call takes seconds
 
 AnyCase = Case | ChoiceCase | OperatorCase
-COMPARED = (NAIVE, BEST, COMPILED)
+Row = dict[str, object]
 
 
 class NotMeasured(Exception):
@@ -30,18 +40,8 @@ class WrongValues(AssertionError):
 
 
 @dataclass(frozen=True)
-class Absence:
-    """What a report says of it. provider None: the whole case."""
-
-    case: str
-    provider: str | None
-    reason: str
-
-
-@dataclass(frozen=True)
 class Entrant:
-    """A contender. scope: entered around everything that calls. may_fail: then it is absent with its
-    error."""
+    """A contender. scope: entered around what calls. may_fail: then it is absent with its error."""
 
     name: str
     bind: Binder
@@ -51,8 +51,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Bound:
-    """A contender's call on every buffer, its error, and the operators that a call dispatches (views
-    excluded)."""
+    """A contender's call on every buffer, its error, and the operators that a call dispatches."""
 
     entrant: Entrant
     calls: list[Call]
@@ -60,41 +59,16 @@ class Bound:
     operators: int | None
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender of one case. vs_*: times faster than that contender (its median over ours), None if
-    absent.
+def absence(case: str, provider: str | None, reason: object) -> Row:
+    """What a report says of what was not measured. provider None: the whole case."""
+    return {"case": case, "provider": provider, "reason": first_line(reason)}
 
-    bytes: the least that is moved, so gbps is what a perfect implementation would have needed in this time;
-    share_of_copy: gbps over the copy bandwidth of the run. cache: cold if the rotating buffers exceed twice
-    the last-level cache. rows: K, tokens that are refreshed. error: relative RMS, or share of tokens chosen
-    otherwise. cpu_vs_naive: as vs_naive, of CPU time.
-    """
 
-    case: str
-    form: str
-    size: str
-    dtype: str
-    contender: str
-    threads: int
-    rows: int
-    bytes: int
-    flops: int
-    cache: str
-    buffers: int
-    operators: int | None
-    timing: Timing
-    gbps: float
-    error: float
-    vs_naive: float | None
-    vs_best_eager: float | None
-    vs_compile: float | None
-    cpu_vs_naive: float | None
-    share_of_copy: float | None = None
-
-    def against(self, copy_gbps: float) -> "Row":
-        """The row with its share of the copy bandwidth."""
-        return replace(self, share_of_copy=self.gbps / copy_gbps)
+def first_line(reason: object) -> str:
+    """Why something does not run here, in one line; of an error that is not ours, with its type."""
+    lines = str(reason).strip().splitlines() or ["no message"]
+    named = isinstance(reason, Exception) and not isinstance(reason, NotMeasured)
+    return f"{type(reason).__name__}: {lines[0]}" if named else lines[0]
 
 
 def sequences_of(case: AnyCase) -> Sequences:
@@ -104,13 +78,12 @@ def sequences_of(case: AnyCase) -> Sequences:
 
 
 class Prepared:
-    """The buffers of a case. Raises NotMeasured if they do not fit into memory, or if it would take too
-    long."""
+    """The buffers of a case. Raises NotMeasured if they do not fit, or if it would take too long."""
 
     def __init__(
         self, case: AnyCase, device: torch.device, max_copies: int = MAX_COPIES, free: int | None = None
     ) -> None:
-        self.case, self.device, self.sequences = case, device, sequences_of(case)
+        self.case, self.sequences = case, sequences_of(case)
         if device.type == "cpu" and case.flops > MOST_FLOPS:
             reason = f"its MLP takes more than {MOST_FLOPS / 1e9:.0f} GFLOP a call; see the stream alone"
             raise NotMeasured(reason)
@@ -158,22 +131,22 @@ class Prepared:
             raise WrongValues(f"{found}, allowed {sequences.allowed:.2e}")
         return error
 
-    def row(self, bound: Bound, timings: Mapping[str, Timing]) -> Row:
+    def row(self, bound: Bound, timings: dict[str, Timing]) -> Row:
         """What a report shows of a contender."""
-        case, name, own = self.case, bound.entrant.name, timings[bound.entrant.name]
-        others = {} if name == MLP_ALONE else timings
-        ratios = [others[one].median_us / own.median_us if one in others else None for one in COMPARED]
-        naive = others.get(NAIVE)
-        cpu = naive.cpu_us / own.cpu_us if naive and naive.cpu_us and own.cpu_us else None
-        what = (case.name, case.label, case.size.name, DTYPE_NAMES[case.dtype], name, torch.get_num_threads())
-        moved = (case.rows, case.min_bytes, case.flops, self.cache, len(self.buffers), bound.operators)
-        return Row(*what, *moved, own, 1e-3 * case.min_bytes / own.median_us, bound.error, *ratios, cpu)
-
-
-def first_line(failure: Exception) -> str:
-    """Why something does not run here, in one line."""
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
+        case, name = self.case, bound.entrant.name
+        row = {"case": case.name, "form": case.label, "size": case.size.name, "contender": name}
+        row |= {"dtype": DTYPE_NAMES[case.dtype], "threads": torch.get_num_threads(), "rows": case.rows}
+        row |= {"bytes": case.min_bytes, "flops": case.flops, "cache": self.cache}
+        row |= {"buffers": len(self.buffers), "operators": bound.operators, "error": bound.error}
+        own, alone, naive = timings[name], timings.get(MLP_ALONE), timings.get(NAIVE)
+        row |= {"timing": asdict(own), "gbps": 1e-3 * case.min_bytes / own.median_us}
+        row |= {"gflops": 1e-3 * case.flops / own.median_us} if case.flops else {}
+        if name == MLP_ALONE:
+            return row
+        ratio = lambda other: timings[other].median_us / own.median_us
+        row |= {key: ratio(other) for key, other in COMPARED.items() if other in timings}
+        row |= {"beside_us": own.median_us - alone.median_us} if alone else {}
+        return row | ({"cpu_vs_naive": naive.cpu_us / own.cpu_us} if naive and own.cpu_us else {})
 
 
 def entrants(sequences: Sequences, inductor: str | None = "inductor") -> list[Entrant]:
@@ -190,36 +163,23 @@ def measure_case(
     effort: Effort,
     inductor: str | None = "inductor",
     max_copies: int = MAX_COPIES,
-) -> tuple[list[Row], list[Absence]]:
-    """Check and time every contender of a case, on the same buffers, in turns."""
+) -> tuple[list[Row], list[Row]]:
+    """(rows, absences): check and time every contender of a case, on the same buffers, in turns."""
     try:
         prepared = Prepared(case, device, max_copies)
     except NotMeasured as reason:
-        return [], [Absence(case.name, None, str(reason))]
+        return [], [absence(case.name, None, reason)]
     bound, absent = {}, []
     for entrant in entrants(prepared.sequences, inductor):
         try:
             bound[entrant.name] = prepared.bound(entrant)
         except NotMeasured as reason:
-            absent.append(Absence(case.name, entrant.name, str(reason)))
+            absent.append(absence(case.name, entrant.name, reason))
     timings = measure({name: one.calls for name, one in bound.items()}, effort, device)
     return [prepared.row(one, timings) for one in bound.values()], absent
 
 
-def measure_cases(
-    cases: Sequence[AnyCase], measured: Callable[[AnyCase], tuple[list[Row], list[Absence]]], say: Callable
-) -> tuple[tuple[Row, ...], tuple[Absence, ...]]:
-    """Case by case, with a line about each."""
-    rows, absent = [], []
-    for number, case in enumerate(cases, start=1):
-        found, missing = measured(case)
-        rows += found
-        absent += missing
-        say(f"{number}/{len(cases)} {case.name}: {outcome(found, missing)}")
-    return tuple(rows), tuple(absent)
-
-
-def outcome(rows: Iterable[Row], absent: Sequence[Absence]) -> str:
+def outcome(rows: Sequence[Row], absent: Sequence[Row]) -> str:
     """One line about a case."""
-    times = ", ".join(f"{row.contender} {row.timing.median_us:.1f} us" for row in rows)
-    return times or absent[0].reason
+    times = ", ".join(f"{row['contender']} {row['timing']['median_us']:.1f} us" for row in rows)
+    return times or absent[0]["reason"]

@@ -1,21 +1,25 @@
-"""Whole generations of a random DiT: uncached, and by each method as its original executes it and as we
-do."""
+"""Whole generations of a random DiT: uncached, and by each method as its original executes it and as we do.
+
+A row is one method executed one way, as it is in the JSON: generation, begin: times of all steps and of
+`begin`; typical_us: the same as a sum of every step's own median over the rounds, which a disturbed step does
+not move, and cpu_us that of CPU time; speedup, cpu_speedup: uncached over this one, both typical; ideal: by
+FLOPs; quotient: speedup over ideal; error: relative RMS of the outputs against the original's; kinds: of
+steps, with how many, the time of one, what it dispatches or launches, and its share of an uncached step's
+time and FLOPs.
+"""
 
 import enum
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from benchmarks.contest import WrongValues
-from benchmarks.floors import Floors, floors_of, ridge_rows
-from benchmarks.machine import Bandwidth
+from benchmarks.contest import Row, WrongValues
 from benchmarks.originals import Original
 from benchmarks.sequences import relative_rms
 from benchmarks.timing import Effort, Sample, Stopwatch, Timing
@@ -46,21 +50,24 @@ class Way(str, enum.Enum):
 METHOD_WAYS = (Way.ORIGINAL, Way.OURS, Way.BEGUN)
 
 
+def original_of(model: DiT, policy: Policy, schedule: Schedule) -> AbstractContextManager:
+    """What executes a schedule as the method's authors do."""
+    if isinstance(policy, SmoothCache):
+        return SmoothCacheHelper(model, Block, ("attn", "mlp"), policy.published)
+    return Original(model, schedule)
+
+
 @dataclass(frozen=True)
 class Method:
-    """A caching method. policy(steps): its settings; original: what executes its schedule as the authors
-    do."""
+    """A method: its settings for a number of steps; how its original is executed."""
 
     name: str
     policy: Callable[[int], Policy]
-    original: Callable[[DiT, Policy, Schedule], AbstractContextManager] = lambda model, policy, schedule: (
-        Original(model, schedule)
-    )
+    original: Callable[[DiT, Policy, Schedule], AbstractContextManager] = original_of
 
 
 def alternating(steps: int) -> dict[str, list[int]]:
-    """A schedule in SmoothCache's form: attention every third step, MLP every second; the first and last
-    full."""
+    """In SmoothCache's form: attention every third step, MLP every second; the first and last full."""
     rows = {"attn": [int(k % 3 == 0) for k in range(steps)], "mlp": [int(k % 2 == 0) for k in range(steps)]}
     return {name: [*row[:-1], 1] for name, row in rows.items()}
 
@@ -70,11 +77,7 @@ METHODS = (
     Method("ToCa", lambda steps: ToCa(fresh_threshold=3)),
     Method("DuCa", lambda steps: DuCa(fresh_threshold=3, fresh_ratio=0.05, cache_type="kv-norm")),
     Method("TaylorSeer", lambda steps: TaylorSeer()),
-    Method(
-        "SmoothCache",
-        lambda steps: SmoothCache(alternating(steps)),
-        lambda model, policy, _: SmoothCacheHelper(model, Block, ("attn", "mlp"), policy.published),
-    ),
+    Method("SmoothCache", lambda steps: SmoothCache(alternating(steps))),
 )
 
 
@@ -93,7 +96,6 @@ GLYPH = DiTConfig(32, 4, 3, 160, 12, 5, num_classes=36, learn_sigma=False)
 B_2 = DiTConfig(32, 2, 4, 768, 12, 12)
 TINY_DIT = DiTConfig(8, 2, 4, 32, 2, 2, num_classes=4)
 MODEL_SIZES = (ModelSize("Glyph DiT B2", GLYPH, 50), ModelSize("DiT-B/2 B2", B_2, 12))
-SESSION_SIZES = (ModelSize("Glyph DiT B2", GLYPH, 9), ModelSize("DiT-B/2 B2", B_2, 9))
 TINY_MODEL = ModelSize("Tiny DiT", TINY_DIT, 8)
 
 
@@ -111,25 +113,21 @@ class Entrant:
         return (self.method.name if self.method else UNCACHED) + way
 
 
+HOST = Entrant(None, Way.HOST)
+
+
 @dataclass(frozen=True)
 class Generation:
-    """Outputs, times and operators (views excluded) of the steps of one generation, and the time of
-    `begin`."""
+    """Outputs, times and operators (views excluded) of the steps, and the time of `begin`."""
 
     outputs: Sequence[Tensor]
     steps: list[Sample]
     begin: Sample
     operators: list[int]
 
-    @property
-    def total(self) -> Sample:
-        """The whole of it."""
-        return sum(self.steps, self.begin)
-
 
 class Contest:
-    """A model, the inputs of its steps (no sampler: times are of the model), and everyone who generates with
-    it.
+    """A model, the inputs of its steps (no sampler: times are of the model), and everyone who generates.
 
     Weights are random everywhere: the identity that a DiT starts as would skip work in nobody.
     """
@@ -141,7 +139,7 @@ class Contest:
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.size, self.device, config = size, device, size.config
+        self.size, self.device, self.dtype, config = size, device, dtype, size.config
         generator = torch.Generator(device).manual_seed(0)
         with torch.device(device):
             self.model = DiT.from_config(config).to(dtype).eval().requires_grad_(False)
@@ -179,8 +177,8 @@ class Contest:
             with method.original(self.model, self.policies[method.name], self.schedules[method.name]) as made:
                 yield Control(self, original=made if isinstance(made, Original) else None)
         else:
-            steps, policy = self.size.steps, self.policies[method.name]
-            with accelerate(self.model, policy, steps, calls_per_step=1, count_ops=False) as session:
+            policy = self.policies[method.name]
+            with accelerate(self.model, policy, self.size.steps, calls_per_step=1) as session:
                 yield Control(self, session=session, begun=way is Way.BEGUN)
 
     def generate(self, entrant: Entrant, *, count: bool = False) -> Generation:
@@ -233,69 +231,29 @@ class Control:
 
 @contextmanager
 def _compiled_blocks(model: DiT, device: torch.device) -> Iterator[None]:
-    """torch.compile of the block: one graph that serves all of them. In a rehearsal on a CPU it is only
-    traced."""
+    """One graph that serves all blocks. In a rehearsal on a CPU it is only traced."""
     torch.compiler.reset()
+    backend = "inductor" if device.type == "cuda" else "eager"
     try:
         for block in model.blocks:
-            block.compile(
-                fullgraph=True, dynamic=False, backend="inductor" if device.type == "cuda" else "eager"
-            )
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
         yield
     finally:
         for block in model.blocks:
             block._compiled_call_impl = None
 
 
-# --- on a CPU ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KindRow:
-    """Steps of one kind: how many, the time of one, the operators that it dispatches, and its floors."""
-
-    kind: str
-    steps: int
-    timing: Timing
-    operators: int
-    floors: Floors
-
-
-@dataclass(frozen=True)
-class MethodRow:
-    """One method executed one way.
-
-    generation: time of all steps and of `begin`; typical_us: the same as a sum of every step's own median
-    over the rounds, which a disturbed step does not move; cpu_us: that sum of CPU time. speedup, cpu_speedup:
-    uncached over this one, both typical; ideal: by FLOPs; quotient: speedup over ideal. error: relative RMS
-    of all outputs against the original's. ridge_rows: rows (B K) of a body below which its weights take
-    longer to read than its arithmetic takes, in this run.
-    """
-
-    model: str
-    method: str
-    way: str
-    plan: str
-    generation: Timing
-    begin: Timing | None
-    typical_us: float
-    cpu_us: float
-    speedup: float
-    cpu_speedup: float
-    ideal: float
-    quotient: float
-    error: float | None
-    kinds: tuple[KindRow, ...]
-    ridge_rows: float
+# --- what a report shows -------------------------------------------------------------------------------
 
 
 @dataclass
-class Samples:
-    """Generations of one entrant."""
+class Found:
+    """Of one entrant. costs: {kind of step: {"operators" or "launches": how many}}."""
 
-    generations: list[Generation]
+    costs: dict[str, dict[str, int | None]]
+    error: float | None = None
+    generations: list[Generation] = field(default_factory=list)
 
-    @cached_property
     def typical(self) -> Sample:
         """Of a generation of typical steps."""
         by_step = [*zip(*(one.steps for one in self.generations), strict=True)]
@@ -316,96 +274,68 @@ def measure_generations(
     effort: Effort,
     sizes: Sequence[ModelSize],
     methods: Sequence[Method],
-    bandwidth: Bandwidth,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[MethodRow, ...]:
+) -> list[Row]:
     """Generations take turns, the uncached one before every method, after one of each that is checked."""
     rows = []
     for size in sizes:
         contest = Contest(size, methods)
-        host = Entrant(None, Way.HOST)
-        everyone = [host, *(Entrant(method, way) for method in methods for way in METHOD_WAYS)]
-        operators, errors = checked(contest, everyone)
-        found: dict[Entrant, list[Generation]] = {entrant: [] for entrant in everyone}
+        found = checked(contest, [HOST, *(Entrant(method, way) for method in methods for way in METHOD_WAYS)])
         for _ in effort.rounds():
-            for entrant in everyone[1:]:
-                if entrant.way is Way.ORIGINAL:
-                    found[host].append(contest.generate(host))
-                found[entrant].append(contest.generate(entrant))
-        samples = {entrant: Samples(generations) for entrant, generations in found.items()}
-        for entrant in everyone:
-            row = _row(contest, entrant, samples, operators[entrant], errors.get(entrant), bandwidth)
-            found_ = f"{row.typical_us / 1e3:.0f} ms, {row.speedup:.2f}x, {row.quotient:.2f} of ideal"
-            say(f"{row.model}, {entrant.name}: {found_}")
+            for entrant in [*found][1:]:
+                for one in (HOST, entrant) if entrant.way is Way.ORIGINAL else (entrant,):
+                    found[one].generations.append(contest.generate(one))
+        for entrant in found:
+            row = method_row(contest, entrant, found)
+            measured = f"{row['speedup']:.2f}x, {row['quotient']:.2f} of ideal"
+            say(f"{size.name}, {entrant.name}: {row['typical_us'] / 1e3:.0f} ms, {measured}")
             rows.append(row)
-    return tuple(rows)
+    return rows
 
 
-def checked(
-    contest: Contest, everyone: Sequence[Entrant]
-) -> tuple[dict[Entrant, list[int]], dict[Entrant, float]]:
-    """Operators of each step, and errors against the originals, of one generation each. Raises
-    WrongValues."""
-    operators, errors, exact = {}, {}, None
+def checked(contest: Contest, everyone: Sequence[Entrant]) -> dict[Entrant, Found]:
+    """Operators of each kind of step, and errors, of one generation each. Raises WrongValues."""
+    results, exact = {}, None
     for entrant in everyone:
-        found = contest.generate(entrant, count=True)
-        operators[entrant] = found.operators
-        outputs = torch.stack([*found.outputs])
+        made, costs = contest.generate(entrant, count=True), {}
+        for kind, count in zip(contest.kinds(entrant.method), made.operators, strict=True):
+            costs.setdefault(kind, []).append(count)
+        costs = {kind: {"operators": int(statistics.median(counts))} for kind, counts in costs.items()}
+        found, outputs = Found(costs), torch.stack([*made.outputs])
         if entrant.way is Way.ORIGINAL:
             exact = outputs
         elif entrant.method is not None:
-            errors[entrant] = relative_rms(outputs, exact)
-            if not errors[entrant] <= ALLOWED_ERROR:
-                off = f"differs from the original by {errors[entrant]:.2e} (relative RMS)"
+            found.error = relative_rms(outputs, exact)
+            if not found.error <= ALLOWED_ERROR:
+                off = f"differs from the original by {found.error:.2e} (relative RMS)"
                 raise WrongValues(f"{contest.size.name}, {entrant.name}: {off}, allowed {ALLOWED_ERROR:.0e}")
-    return operators, errors
+        results[entrant] = found
+    return results
 
 
-def _row(
-    contest: Contest,
-    entrant: Entrant,
-    samples: dict[Entrant, Samples],
-    operators: list[int],
-    error: float | None,
-    bandwidth: Bandwidth,
-) -> MethodRow:
-    method, own = entrant.method, samples[entrant]
-    uncached = samples[Entrant(None, Way.HOST)]
-    full_us, kinds = uncached.timing(contest.kinds(None), "full").median_us, contest.kinds(method)
-    begun = entrant.way is Way.BEGUN
-    rows = []
+def method_row(contest: Contest, entrant: Entrant, found: dict[Entrant, Found]) -> Row:
+    """What a report shows of an entrant; no speedup where the uncached model was not measured."""
+    method, own, typical = entrant.method, found[entrant], found[entrant].typical()
+    uncached, kinds, batch = found.get(HOST), contest.kinds(method), len(contest.labels)
+    full_us = uncached.timing(contest.kinds(None), "full").median_us if uncached else None
+    full_flops, steps = full_step(contest.layout).flops(batch), []
     for kind in dict.fromkeys(kinds):
-        plans = [plan for plan in contest.plans(method) if plan.kind == kind]
-        count = statistics.median(n for n, other in zip(operators, kinds, strict=True) if other == kind)
-        floors = floors_of(plans, len(contest.labels), full_us / 1e3, bandwidth, modulated=not begun)
-        rows.append(KindRow(kind, len(plans), own.timing(kinds, kind), int(count), floors))
-    ideal = contest.schedules[method.name].ideal_speedup() if method else 1.0
-    typical, base = own.typical, uncached.typical
-    return MethodRow(
-        model=contest.size.name,
-        method=method.name if method else UNCACHED,
-        way=entrant.way.value,
-        plan=described(contest, method),
-        generation=Timing.of([one.total for one in own.generations]),
-        begin=Timing.of([one.begin for one in own.generations]) if begun else None,
-        typical_us=1e6 * typical.wall,
-        cpu_us=1e6 * typical.cpu,
-        speedup=base.wall / typical.wall,
-        cpu_speedup=base.cpu / typical.cpu,
-        ideal=ideal,
-        quotient=base.wall / typical.wall / ideal,
-        error=error,
-        kinds=tuple(rows),
-        ridge_rows=ridge_rows(contest.layout, len(contest.labels), full_us / 1e3, bandwidth.read_gbps),
-    )
-
-
-def described(contest: Contest, method: Method | None) -> str:
-    """The settings that matter and what they come to."""
-    if method is None:
-        return f"{contest.size.steps} steps"
-    names = ("fresh_threshold", "fresh_ratio", "cache_type", "interval", "max_order", "schedule")
-    policy = contest.policies[method.name]
-    fields = ", ".join(f"{key}={value}" for key, value in policy.fields().items() if key in names)
-    counts = ", ".join(f"{count} {kind}" for kind, count in contest.schedules[method.name].kinds().items())
-    return f"{type(policy).__name__}({fields}), {counts}"
+        flops = [plan.flops(batch) for plan in contest.plans(method) if plan.kind == kind]
+        timing = own.timing(kinds, kind)
+        step = {"kind": kind, "steps": len(flops), "timing": asdict(timing)} | own.costs.get(kind, {})
+        step |= {"of_uncached": timing.median_us / full_us} if full_us else {}
+        steps.append(step | {"of_flops": statistics.median(flops) / full_flops})
+    plan = ", ".join(f"{step['steps']} {step['kind']}" for step in steps)
+    row = {"model": contest.size.name, "method": method.name if method else UNCACHED}
+    row |= {"way": entrant.way.value, "plan": plan, "kinds": steps}
+    totals = [sum(one.steps, one.begin) for one in own.generations]
+    row |= {"generation": asdict(Timing.of(totals)), "begin": None}
+    if entrant.way is Way.BEGUN:
+        row["begin"] = asdict(Timing.of([one.begin for one in own.generations]))
+    row |= {"typical_us": 1e6 * typical.wall, "cpu_us": 1e6 * typical.cpu, "error": own.error}
+    row |= {"ideal": contest.schedules[method.name].ideal_speedup() if method else 1.0}
+    if uncached is None:
+        return row | {"speedup": None, "cpu_speedup": None, "quotient": None}
+    base = uncached.typical()
+    row |= {"speedup": base.wall / typical.wall, "cpu_speedup": base.cpu / typical.cpu}
+    return row | {"quotient": row["speedup"] / row["ideal"]}

@@ -1,21 +1,20 @@
-"""The machine: caches, memory and bandwidth, what is kept equal for all contenders, what a report says of
-it."""
+"""The machine: caches, memory and bandwidth, and what is kept equal for all contenders."""
 
 import ctypes
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.gate.stage import now
 from benchmarks.timing import Effort, Timing, measure
 from fastcache import backends
 from fastcache.backends.library import cpu_capability
-from fastcache.workshop.environment import Environment, environment
+from fastcache.workshop.environment import environment
 
 UNKNOWN_CACHE = 32 << 20
 CACHE_FOLDER = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -28,35 +27,17 @@ CACHES = 8  # a buffer of the bandwidth is this many last-level caches
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where and when a run was made. load: processes that wanted the CPU, a mean over a minute, at the
-    start."""
-
-    environment: Environment
-    torch_cpu_capability: str
-    fastcache_cpu_capability: str
-    last_level_cache_bytes: int
-    load: float
-    date: str
-
-
-def machine(device: torch.device) -> Machine:
-    """The machine as it is now."""
+def machine(device: torch.device) -> dict[str, object]:
+    """Where and when a run is made, and whether the machine is busy."""
     library = backends.LIBRARIES["cpu"]
-    return Machine(
-        environment=environment(device, torch.bfloat16),
-        torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        fastcache_cpu_capability=cpu_capability(library) if library.loaded else library.reason,
-        last_level_cache_bytes=last_level_cache_bytes(device),
-        load=load(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
-def load() -> float:
-    """Mean number of runnable processes over the last minute, 0 where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return {
+        "environment": asdict(environment(device, torch.bfloat16)),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fastcache_cpu_capability": cpu_capability(library) if library.loaded else library.reason,
+        "last_level_cache_bytes": last_level_cache_bytes(device),
+        "load": os.getloadavg()[0],
+        "date": now(),
+    }
 
 
 def last_level_cache_bytes(device: torch.device) -> int:
@@ -65,9 +46,8 @@ def last_level_cache_bytes(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).L2_cache_size
     units = {"K": 1 << 10, "M": 1 << 20}
     texts = [path.read_text().strip() for path in CACHE_FOLDER.glob("index*/size")]
-    return max(
-        (int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=UNKNOWN_CACHE
-    )
+    sizes = [int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units]
+    return max(sizes, default=UNKNOWN_CACHE)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -83,9 +63,8 @@ def free_bytes(device: torch.device) -> int | None:
 def kept_heap() -> Iterator[bool]:
     """Let glibc keep freed memory while this lasts; gives False where there is no glibc.
 
-    Left alone, it returns every tensor beyond 32 MiB to the kernel, and each call then spends most
-    of its time on page faults, most of all the sequences with many temporaries. Caching allocators
-    (CUDA's, jemalloc, tcmalloc) do not; this makes the host's behave like them.
+    Left alone, it returns every tensor beyond 32 MiB to the kernel, and calls mostly wait for page faults.
+    Caching allocators (CUDA's, jemalloc, tcmalloc) do not; this makes the host's behave like them.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
@@ -111,8 +90,7 @@ def threads(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """GB/s (1e9 bytes) of `copy_` (bytes read plus written) and of `sum` (read only), on `threads`
-    threads."""
+    """GB/s (1e9 bytes) of `copy_` (bytes read plus written) and of `sum` (read only)."""
 
     threads: int
     buffer_bytes: int

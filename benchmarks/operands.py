@@ -1,5 +1,7 @@
 """The tensors of a case of the residual stream."""
 
+import copy
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,14 +15,16 @@ SHIFT = 977  # elements between two tensors in the common noise; no divisor of a
 DISTANCE = -2  # steps since the last full one
 
 
-@dataclass(frozen=True)
+@dataclass
 class Operands:
     """Operands of one call. Tensors that the form does not have are None.
 
-    x, features, slot, reference: [B, N, D]; fresh: [B, N, D] (store) or [B, K, D]. table: [3 J, B, D] or
+    x, features, slot: [B, N, D]; fresh: [B, N, D] (store) or [B, K, D]. table: [3 J, B, D] or
     [6, B, D], shift, scale and gate of every branch, as a modulation table has them; gate_index: [J] int32,
     rows of `table`. weights: [J] float32, DISTANCE^k / k! (a forecast). fresh_index, row_index: [B, K] int64,
     ascending; fresh_slots, row_slots: the same as slot maps [B, N] int32. body: of a partial block.
+
+    gates: [B, D] of every term; gate: of the first branch; shift, scale: of the branch after it.
     """
 
     x: Tensor
@@ -34,28 +38,11 @@ class Operands:
     fresh_slots: Tensor | None = None
     row_index: Tensor | None = None
     row_slots: Tensor | None = None
-    reference: Tensor | None = None
     body: nn.Module | None = None
 
-    @property
-    def gates(self) -> list[Tensor]:
-        """Gate [B, D] of every term."""
-        return [self.table[3 * j + 2] for j in range(len(self.gate_index))]
-
-    @property
-    def gate(self) -> Tensor:
-        """Gate [B, D] of the first branch."""
-        return self.table[2]
-
-    @property
-    def shift(self) -> Tensor:
-        """Shift [B, D] of the branch after the first."""
-        return self.table[3]
-
-    @property
-    def scale(self) -> Tensor:
-        """Scale [B, D] of the branch after the first."""
-        return self.table[4]
+    def __post_init__(self) -> None:
+        self.gates = [self.table[3 * j + 2] for j in range(len(self.gate_index))]
+        self.gate, self.shift, self.scale = self.table[2], self.table[3], self.table[4]
 
     def at(self, tokens: Tensor) -> "Operands":
         """The same call on these tokens only; for forms in which every token is on its own."""
@@ -64,11 +51,12 @@ class Operands:
         return replace(self, features=tuple(feature[:, tokens] for feature in self.features), **taken)
 
     def double(self) -> "Operands":
-        """The same call in float64, on copies, without its body."""
-        names = ("x", "table", "slot", "fresh", "reference")
+        """The same call in float64, on copies."""
+        names = ("x", "table", "slot", "fresh")
         wide = {name: getattr(self, name).double() for name in names if getattr(self, name) is not None}
         features = tuple(feature.double() for feature in self.features)
-        return replace(self, features=features, body=nn.Identity(), **wide)
+        body = None if self.body is None else copy.deepcopy(self.body).double()
+        return replace(self, features=features, body=body, **wide)
 
 
 def make_mlp(case: Case, device: torch.device) -> nn.Module:
@@ -84,55 +72,32 @@ def make_mlp(case: Case, device: torch.device) -> nn.Module:
 
 
 def make_operands(case: Case, device: torch.device, seed: int = 0, body: nn.Module | None = None) -> Operands:
-    """Normally distributed operands of a case, each in memory of its own."""
-    source, J, form = Noise(case, device, seed), case.terms, case.form
-    table = source.vectors(max(6, 3 * J))
+    """Normally distributed operands of a case, each in memory of its own.
+
+    Cheap noise: tensors are copies of one normal sequence, each rolled further.
+    """
+    J, form, size, generator = case.terms, case.form, case.size, torch.Generator(device).manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
+    noise, shifts = normal(size.elements).to(case.dtype), itertools.count(0, SHIFT)
+    tensor = lambda: noise.roll(next(shifts)).view(size.batch, size.tokens, size.channels)
+    rows = lambda: normal(size.batch, size.tokens).argsort(1)[:, : case.rows].sort(1).values
+
+    table = normal(max(6, 3 * J), size.batch, size.channels).to(case.dtype)
     gate_index = torch.arange(2, 3 * J, 3, dtype=torch.int32, device=device)
-    made = Operands(source.tensor(), (), table, gate_index, body=body)
-    if form is Form.ERRORS:
-        return replace(made, features=(made.x,), reference=source.tensor())
+    made = Operands(tensor(), (), table, gate_index, body=body)
     if form is Form.STORE:
-        return replace(made, slot=source.tensor(), fresh=source.tensor())
+        return replace(made, slot=tensor(), fresh=tensor())
     if form in REFRESHING:
-        fresh, row = source.rows(), source.rows()
-        maps = [slot_map(index, case.size.tokens).slots for index in (fresh, row)]
+        fresh, row = rows(), rows()
+        maps = [slot_map(index, size.tokens).slots for index in (fresh, row)]
         made = replace(made, fresh_index=fresh, row_index=row, fresh_slots=maps[0], row_slots=maps[1])
-        made = replace(made, slot=source.tensor(), fresh=source.tensor()[:, : case.rows].contiguous())
-        return replace(made, features=(source.tensor(),)) if form in PARTIAL_BLOCKS else made
-    if form in (Form.MODULATE, Form.MODULATE_RMS):
+        made = replace(made, slot=tensor(), fresh=tensor()[:, : case.rows].contiguous())
+        return replace(made, features=(tensor(),)) if form in PARTIAL_BLOCKS else made
+    if form is Form.MODULATE:
         return made
-    made = replace(made, features=tuple(source.tensor() for _ in range(J)))
+    made = replace(made, features=tuple(tensor() for _ in range(J)))
     if form.order:
         orders = torch.arange(J, device=device)
         factorials = torch.cumprod(orders.clamp(min=1), 0)
         return replace(made, weights=(torch.full_like(orders, DISTANCE) ** orders / factorials).float())
     return made
-
-
-class Noise:
-    """Cheap noise: tensors are copies of one long normal sequence, each from another place in it."""
-
-    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
-        self._case, self._taken = case, 0
-        self._generator = torch.Generator(device=device).manual_seed(seed)
-        self._noise = self._normal(case.size.elements + SHIFT * (case.terms + 4)).to(case.dtype)
-
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator, device=self._generator.device)
-
-    def tensor(self) -> Tensor:
-        """[B, N, D]."""
-        size, first = self._case.size, self._taken * SHIFT
-        self._taken += 1
-        part = self._noise[first : first + size.elements]
-        return part.view(size.batch, size.tokens, size.channels).clone()
-
-    def vectors(self, count: int) -> Tensor:
-        """[count, B, D]."""
-        size = self._case.size
-        return self._normal(count, size.batch, size.channels).to(self._noise.dtype)
-
-    def rows(self) -> Tensor:
-        """[B, K] int64: a random choice of tokens per sample, ascending."""
-        order = self._normal(self._case.size.batch, self._case.size.tokens).argsort(dim=1)
-        return order[:, : self._case.rows].sort(dim=1).values

@@ -1,15 +1,11 @@
-"""The caching methods as their originals execute them on a DiT: block by block, small operators,
-dictionaries.
+"""The caching methods as their originals execute them on a DiT: block by block, in small operators.
 
 Written from the equations and operator sequences of the specification (FORA: section 1; ToCa and DuCa: 2, 3,
 8; TaylorSeer: 6); no original code was read, and no operator of FastCache runs here, so that tests take it as
-the definition, in float64. A plan is all it knows of a method:
-
-- every block computes all of its modulation at every step;
-- a refresh scores every token anew, sorts them all, gathers K, runs the body and scatters the result. With
-  `attention` scores a full step multiplies, keeps and averages whole softmax maps;
-- a full step updates the differences D_0 = F, D_{m+1} = (D_m - D_m of the full step before) / gap, and a
-  forecast sums D_m distance^m / m!, one term at a time.
+the definition, in float64. A plan is all it knows of a method. Every block computes all of its modulation; a
+refresh scores every token anew, sorts them all, gathers K and scatters the result; with `attention` scores a
+full step keeps and averages whole softmax maps; a full step updates the differences D_0 = F, D_{m+1} = (D_m -
+D_m of the full step before) / gap, and a forecast sums D_m distance^m / m!, one term at a time.
 
 Left out, in the baseline's favour: ToCa and DuCa evaluate the kind of a step and the share of tokens again in
 every block, on 0-dim CPU tensors (7 of the 42 operators that the specification counts).
@@ -41,9 +37,8 @@ class Original:
 
     def __enter__(self) -> "Original":
         for number, block in enumerate(self._blocks):
-            block.forward = MethodType(
-                lambda block, x, c, number=number: self._block(number, block, x, c), block
-            )
+            forward = lambda block, x, c, number=number: self._block(number, block, x, c)
+            block.forward = MethodType(forward, block)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -126,10 +121,9 @@ class Original:
 
     def _chosen(self, place: Place, index: int, action: Action, x: Tensor) -> Tensor:
         kind, taken = self._score, self._taken.get(place[0])
-        if kind is Score.ATTENTION:
-            base = taken.sum(1, dtype=torch.promote_types(taken.dtype, torch.float32))
-        elif kind is Score.KV_NORM:
-            base = (1 - taken).sum(1, dtype=torch.promote_types(taken.dtype, torch.float32))
+        if kind in (Score.ATTENTION, Score.KV_NORM):
+            summed = taken if kind is Score.ATTENTION else 1 - taken
+            base = summed.sum(1, dtype=torch.promote_types(taken.dtype, torch.float32))
         elif kind is Score.SIMILARITY:
             base = 1 - F.cosine_similarity(x, self._differences[place][0], dim=-1)
         elif kind is Score.NORM:
@@ -147,8 +141,7 @@ class Original:
 
 
 def attention_and_score(attention: Attention, h: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """(output, what scores come from): the map's mean over heads, or the values' norms beside flash
-    attention."""
+    """(output, what scores come from): the map's mean over heads, or the values' norms."""
     batch, tokens, channels = h.shape
     heads = attention.num_heads
     qkv = attention.qkv(h).view(batch, tokens, 3, heads, channels // heads)
@@ -164,11 +157,8 @@ def attention_and_score(attention: Attention, h: Tensor, score: Score) -> tuple[
 def choose(score: Tensor, ages: Tensor, tokens: int, selection: Selection, fields: dict) -> Tensor:
     """[B, K] int64, in order of score [B, N]; the ages [B, N] are written. All of this for every block."""
     if selection.age_weight:
-        weight, interval = (
-            fields.get("soft_fresh_weight", selection.age_weight),
-            fields.get("fresh_threshold", 1),
-        )
-        score = score + weight * ages / interval
+        weight = fields.get("soft_fresh_weight", selection.age_weight)
+        score = score + weight * ages / fields.get("fresh_threshold", 1)
     if selection.cell:
         score = with_bonus(score, selection.cell, selection.bonus)
     chosen = score.argsort(dim=-1, descending=True, stable=True)[:, :tokens]

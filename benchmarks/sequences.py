@@ -1,14 +1,11 @@
-"""How a case is computed: by the host's own op sequence, by the fewest launches of eager PyTorch, and by
-FastCache.
+"""How a case is computed: by the host's own op sequence, by the best eager PyTorch, and by FastCache.
 
 `naive_*` are the sequences of the models and caching methods themselves, in the dtype of x; torch.compile
 gets these. `best_*` use the fused calls of PyTorch that a careful host could. Shapes: x, features, slot [B,
-N, D]; gate, shift, scale [B, D]; indices [B, K]. What is computed is in `cases.MEANINGS`. All return new
+N, D]; gate, shift, scale [B, D]; indices [B, K]. What is computed is in `cases.Form`. All return new
 tensors and leave their arguments alone, a `slot` excepted.
 """
 
-import abc
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -18,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import MODULATING, PARTIAL_BLOCKS, REFRESHING, RMS, WRITING, Case, Form
+from benchmarks.cases import MODULATING, PARTIAL_BLOCKS, REFRESHING, WRITING, Case, Form
 from benchmarks.operands import DISTANCE, Operands, make_mlp, make_operands
 from fastcache import use_backend
 from fastcache.ops import Norm, residual_update, residual_update_scatter_
@@ -29,10 +26,12 @@ Call = Callable[[], object]
 Binder = Callable[..., Call]  # operands to a call without arguments
 
 NAIVE, BEST, COMPILED = "naive", "best eager", "torch.compile"
+AUTOTUNED = "torch.compile autotuned"
+COMPARED = {"vs_naive": NAIVE, "vs_best_eager": BEST, "vs_compile": COMPILED, "vs_autotuned": AUTOTUNED}
 OURS = "fastcache"  # on the backend that FastCache chooses
 OURS_EAGER = "fastcache eager"  # its definition, for reference
 MLP_ALONE = "MLP alone"  # no contender, but what remains where the stream costs nothing
-ROWS, MLP_ROWS = 1024, 64  # of a batch, and of a sample, that are compared
+ROWS = 1024  # of a batch, evenly spaced, that are compared where every token is on its own
 
 # --- the host ------------------------------------------------------------------------------------------
 
@@ -50,15 +49,15 @@ def best_trunk(x: Tensor, features: Sequence[Tensor], gates: Sequence[Tensor]) -
     return (total,)
 
 
-def naive_modulate(x: Tensor, shift: Tensor, scale: Tensor, norm: Callable = F.layer_norm) -> Outputs:
-    return (norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None],)
+def naive_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+    return (F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None],)
 
 
-def best_modulate(x: Tensor, shift: Tensor, scale: Tensor, norm: Callable = F.layer_norm) -> Outputs:
+def best_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
     """With one sample, shift and scale are the LayerNorm's own affine part; else it takes a second launch."""
-    if len(x) == 1 and norm is F.layer_norm:
-        return (norm(x, x.shape[-1:], 1 + scale[0], shift[0], eps=1e-6),)
-    return (torch.addcmul(shift[:, None], norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None]),)
+    if len(x) == 1:
+        return (F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], eps=1e-6),)
+    return (torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None]),)
 
 
 def naive_forecast(x: Tensor, differences: Sequence[Tensor], gates: Sequence[Tensor]) -> Outputs:
@@ -76,20 +75,6 @@ def best_forecast(x: Tensor, differences: Sequence[Tensor], gates: Sequence[Tens
     return best_trunk(x, [prediction], gates[:1])
 
 
-def naive_errors(feature: Tensor, reference: Tensor) -> Outputs:
-    sums = [part.abs().sum((1, 2)) for part in (feature - reference, feature, reference)]
-    return (torch.stack(sums, dim=1),)
-
-
-def best_errors(feature: Tensor, reference: Tensor) -> Outputs:
-    """One temporary; `torch.linalg.vector_norm(..., 1)` moves fewer bytes and is five times slower on a
-    CPU."""
-    part = torch.sub(feature, reference)
-    sums = [part.abs_().sum((1, 2))]
-    sums += [torch.abs(tensor, out=part).sum((1, 2)) for tensor in (feature, reference)]
-    return (torch.stack(sums, dim=1),)
-
-
 def update_modulate(sums: Sum, modulate: Callable[..., Outputs], x, features, gates, shift, scale) -> Outputs:
     (x,) = sums(x, features, gates)
     return (x, *modulate(x, shift, scale))
@@ -101,8 +86,7 @@ def store(sums: Sum, x: Tensor, slot: Tensor, fresh: Tensor, gates: Sequence[Ten
 
 
 def refresh(sums: Sum, modulate, x, features, gates, slot, fresh, fresh_index, row_index, shift, scale, body):
-    """From where a body has its fresh rows to where the next one has: scatter, updates, gather, norm,
-    body."""
+    """From where a body has its fresh rows to where the next one has."""
     slot.scatter_(1, fresh_index[..., None].expand_as(fresh), fresh)
     (x,) = sums(x, [slot, *features], gates)
     (h,) = modulate(x.gather(1, row_index[..., None].expand(-1, -1, x.shape[-1])), shift, scale)
@@ -111,36 +95,21 @@ def refresh(sums: Sum, modulate, x, features, gates, slot, fresh, fresh_index, r
 
 def host(form: Form) -> tuple[Callable[[Operands], tuple], Callable[..., Outputs], Callable[..., Outputs]]:
     """(its operands in order, the naive sequence, the best one)."""
-    naive, best = (naive_trunk,), (best_trunk,)
-    if form in MODULATING:
-        norm = {"norm": F.rms_norm if form in RMS else F.layer_norm}
-        naive, best = (*naive, partial(naive_modulate, **norm)), (*best, partial(best_modulate, **norm))
+    naive, best = (naive_trunk, naive_modulate), (best_trunk, best_modulate)
     if form in REFRESHING:
-        names = (
-            "x",
-            "features",
-            "gates",
-            "slot",
-            "fresh",
-            "fresh_index",
-            "row_index",
-            "shift",
-            "scale",
-            "body",
-        )
-        return attrgetter(*names), partial(refresh, *naive), partial(refresh, *best)
+        names = "x features gates slot fresh fresh_index row_index shift scale body"
+        return attrgetter(*names.split()), partial(refresh, *naive), partial(refresh, *best)
     if form.order:
         return attrgetter("x", "features", "gates"), naive_forecast, best_forecast
-    if form in (Form.MODULATE, Form.MODULATE_RMS):
+    if form is Form.MODULATE:
         return attrgetter("x", "shift", "scale"), naive[1], best[1]
     if form in MODULATING:
-        names = ("x", "features", "gates", "shift", "scale")
-        return attrgetter(*names), partial(update_modulate, *naive), partial(update_modulate, *best)
+        names = attrgetter("x", "features", "gates", "shift", "scale")
+        return names, partial(update_modulate, *naive), partial(update_modulate, *best)
     if form is Form.STORE:
-        return attrgetter("x", "slot", "fresh", "gates"), partial(store, *naive), partial(store, *best)
-    if form is Form.ERRORS:
-        return lambda i: (i.features[0], i.reference), naive_errors, best_errors
-    return attrgetter("x", "features", "gates"), *naive, *best
+        names = attrgetter("x", "slot", "fresh", "gates")
+        return names, partial(store, naive_trunk), partial(store, best_trunk)
+    return attrgetter("x", "features", "gates"), naive_trunk, best_trunk
 
 
 # --- FastCache -----------------------------------------------------------------------------------------
@@ -148,24 +117,21 @@ def host(form: Form) -> tuple[Callable[[Operands], tuple], Callable[..., Outputs
 
 def ours(form: Form, i: Operands) -> Call:
     """The public function, in one launch; a partial block calls its body after it."""
-    modulated = {"norm": Norm.RMS if form in RMS else Norm.LAYER, "shift": i.shift, "scale": i.scale}
+    modulated = {"norm": Norm.LAYER, "shift": i.shift, "scale": i.scale}
     if form is Form.TRUNK:
         return partial(residual_update, i.x, i.features, i.table, gate_index=i.gate_index)
     if form is Form.STORE:
         return partial(residual_update_scatter_, i.x, i.slot, i.fresh, gates=i.gate)
     if form in REFRESHING:
-        gates = (
-            {"gates": i.table, "gate_index": i.gate_index} if form in PARTIAL_BLOCKS else {"gates": i.gate}
-        )
+        partial_block = form in PARTIAL_BLOCKS
+        gates = {"gates": i.table, "gate_index": i.gate_index} if partial_block else {"gates": i.gate}
         rows = {"row_slots": i.row_slots, "row_count": i.row_index.shape[1]}
         scatter = partial(residual_update_scatter_, i.x, i.slot, i.fresh, i.fresh_slots, list(i.features))
         launch = partial(scatter, position=0, **gates, **modulated, **rows)
-        return partial(_with_body, launch, i.body) if form in PARTIAL_BLOCKS else launch
+        return partial(_with_body, launch, i.body) if partial_block else launch
     if form.order:
         return partial(residual_update, i.x, i.features, i.gate, weights=i.weights)
-    if form is Form.ERRORS:
-        return partial(residual_update, i.x, i.features, reference=i.reference, need_x=False)
-    if form in (Form.MODULATE, Form.MODULATE_RMS):
+    if form is Form.MODULATE:
         return partial(residual_update, i.x, (), **modulated, need_x=False)
     update = partial(residual_update, i.x, i.features[0], i.gate)
     return update if form is Form.UPDATE else partial(update, **modulated)
@@ -179,27 +145,18 @@ def _with_body(launch: Call, body: nn.Module) -> Outputs:
 # --- everybody -----------------------------------------------------------------------------------------
 
 
-class Sequences(abc.ABC):
-    """Who computes a case, on which operands, and what counts as the same result: at most `allowed` is
-    off."""
+class Sequences:
+    """Who computes a case, and what counts as the same result: at most `allowed` is off.
+
+    A kind of case adds `make(device, seed)`, the operands of one call; `exact(operands)`, what every
+    contender must give; and `compiled(backend, mode)`, a binder of the naive sequence by torch.compile.
+    """
 
     allowed: float
     contenders: dict[str, Binder]
 
     def __init__(self, case) -> None:
         self.case = case
-
-    @abc.abstractmethod
-    def make(self, device: torch.device, seed: int = 0):
-        """Operands of one call."""
-
-    @abc.abstractmethod
-    def compiled(self, backend: str = "inductor", mode: str | None = None) -> Binder:
-        """torch.compile of the naive sequence; one binder serves all operands of a case."""
-
-    @abc.abstractmethod
-    def exact(self, operands) -> Outputs:
-        """What every contender must give."""
 
     def written(self, operands) -> Outputs:
         """Operands that a call writes."""
@@ -223,10 +180,10 @@ class FormSequences(Sequences):
             torch.compiler.reset()  # graphs of this case alone: no recompile limit, no dynamic shapes
         self._arguments, self._naive, self._best = host(case.form)
         self._body: nn.Module | None = None
-        eager = partial(within_eager, partial(ours, case.form))
-        self.contenders = {NAIVE: self._eagerly(self._naive), BEST: self._eagerly(self._best)}
-        self.contenders |= {OURS: partial(ours, case.form)}
-        self.contenders |= {} if case.form in PARTIAL_BLOCKS else {OURS_EAGER: eager}
+        naive, best, own = self._eagerly(self._naive), self._eagerly(self._best), partial(ours, case.form)
+        self.contenders = {NAIVE: naive, BEST: best, OURS: own}
+        if case.form not in PARTIAL_BLOCKS:
+            self.contenders[OURS_EAGER] = partial(within_eager, own)
         if case.form is Form.BLOCK:
             self.contenders[MLP_ALONE] = lambda i: lambda: (i.fresh, i.body(i.fresh))
         self.allowed = allowed_error(case)
@@ -252,27 +209,19 @@ class FormSequences(Sequences):
     def exact(self, i: Operands) -> Outputs:
         """The naive sequence in float64."""
         wide = (i if self._whole else i.at(self._tokens(i))).double()
-        found = (*self._naive(*self._arguments(wide)), *self.written(wide))
-        if self.case.form not in PARTIAL_BLOCKS:
-            return found
-        h = found[1][:, self._rows(i)]
-        return (found[0], copy.deepcopy(i.body).double()(h), *found[2:])
+        return (*self._naive(*self._arguments(wide)), *self.written(wide))
 
     def seen(self, i: Operands, result) -> Outputs:
         found = (*(tensor for tensor in result if tensor is not None), *self.written(i))
-        if self.case.form in PARTIAL_BLOCKS:
-            return (found[0], found[1][:, self._rows(i)], *found[2:])
         return found if self._whole else tuple(tensor[:, self._tokens(i)] for tensor in found)
 
     @property
     def _whole(self) -> bool:
-        return self.case.form in REFRESHING or self.case.form is Form.ERRORS
+        return self.case.form in REFRESHING
 
     def _tokens(self, i: Operands) -> Tensor:
-        return _evenly(self.case.size.tokens, max(2, ROWS // self.case.size.batch), i.x.device)
-
-    def _rows(self, i: Operands) -> Tensor:
-        return _evenly(self.case.rows, MLP_ROWS, i.x.device)
+        most = min(self.case.size.tokens, max(2, ROWS // self.case.size.batch))
+        return torch.linspace(0, self.case.size.tokens - 1, most, device=i.x.device).round().long()
 
 
 @lru_cache(maxsize=4)
@@ -300,12 +249,11 @@ def within_eager(bind: Binder, operands) -> Call:
 def allowed_error(case: Case) -> float:
     """Relative RMS of as many roundings as the naive sequence makes: two a term, adding up as a random walk.
 
-    The error sums add N D numbers in float32, at worst one after the other; an MLP sums too.
+    An MLP sums too.
     """
     unit = torch.finfo(case.dtype).eps / 2
-    summed = case.size.tokens * case.size.channels if case.form is Form.ERRORS else 0
     rounded = 32 if case.form in PARTIAL_BLOCKS else 4 + 2 * case.terms**0.5
-    return unit * rounded + torch.finfo(torch.float32).eps / 2 * summed**0.5
+    return unit * rounded
 
 
 def relative_rms(found: Tensor, exact: Tensor) -> float:
@@ -314,8 +262,3 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
         return float("inf")
     scale = exact.double().square().mean().sqrt().clamp(min=1e-300)
     return float((found.double() - exact.double()).square().mean().sqrt() / scale)
-
-
-def _evenly(count: int, most: int, device: torch.device) -> Tensor:
-    """At most `most` of the indices below `count`, the first and the last included."""
-    return torch.linspace(0, count - 1, min(most, count), device=device).round().long()

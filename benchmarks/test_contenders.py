@@ -1,4 +1,4 @@
-"""Everything under pytest-benchmark; a group is a case, an autograd mode, or a method on a model."""
+"""Everything under pytest-benchmark; a group is a case, or a method on a model."""
 
 import itertools
 import time
@@ -8,26 +8,17 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases import FLAGSHIP, TOKEN_SIZES, ChoiceCase, block_cases, cases
+from benchmarks.cases import FLAGSHIP, cases, token_cases
 from benchmarks.contest import AnyCase, NotMeasured, Prepared, entrants, sequences_of
-from benchmarks.dispatch import MODES, tiny_calls
-from benchmarks.generations import (
-    CPU,
-    FORA_3,
-    METHOD_WAYS,
-    METHODS,
-    MODEL_SIZES,
-    Contest,
-    Entrant as Generating,
-    Way,
-    checked,
-)
-from benchmarks.machine import Bandwidth, kept_heap, measure_bandwidth, threads
-from benchmarks.tokens import operator_cases
+from benchmarks.generations import CPU, FORA_3, HOST, METHOD_WAYS, METHODS, MODEL_SIZES, Contest, Entrant
+from benchmarks.machine import kept_heap, threads
+from benchmarks.tokens import dispatch_case, operator_cases
 
 SECONDS, LEAST, MOST = 1.0, 5, 100
-CASES = [*cases(), *operator_cases(), *map(ChoiceCase, TOKEN_SIZES), *block_cases()]
-HOST = Generating(None, Way.HOST)
+CASES = [dispatch_case(), *cases(), *operator_cases(), *token_cases()]
+NAMED = [(case, name, "") for case in CASES for name in (*sequences_of(case).contenders, "torch.compile")]
+NAMED += [(FLAGSHIP, name, "flagship-") for case, name, _ in NAMED if case == FLAGSHIP]
+GENERATING = [HOST, *(Entrant(method, way) for method in (FORA_3, *METHODS) for way in METHOD_WAYS)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,92 +28,31 @@ def equal_conditions() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def bandwidth() -> Bandwidth:
-    return measure_bandwidth(CPU)
+@pytest.mark.parametrize(
+    ("case", "name", "flagship"),
+    [pytest.param(*one, id=f"{one[2]}{one[0].name}-{one[1].replace(' ', '-')}") for one in NAMED],
+)
+def test_case(benchmark: BenchmarkFixture, case: AnyCase, name: str, flagship: str) -> None:
+    """Check the values, then time; the flagship on one thread."""
+    with threads(1 if flagship else torch.get_num_threads()):
+        try:
+            prepared = Prepared(case, CPU)
+            bound = prepared.bound(next(one for one in entrants(prepared.sequences) if one.name == name))
+        except NotMeasured as reason:
+            pytest.skip(str(reason))
+        begun = time.perf_counter()
+        bound.calls[-1]()
+        rounds = min(MOST, max(LEAST, int(SECONDS / (time.perf_counter() - begun))))
+        turns, benchmark.group = itertools.cycle(bound.calls), flagship + case.name
+        turn = lambda: ((next(turns),), {})
+        benchmark.pedantic(lambda call: call(), setup=turn, rounds=rounds, warmup_rounds=1)
+        benchmark.extra_info |= {"bytes": case.min_bytes, "cache": prepared.cache, "error": bound.error}
 
 
-@pytest.fixture(scope="module")
-def prepared() -> dict[AnyCase, Prepared]:
-    """The buffers of the last case, shared by its contenders."""
-    return {}
-
-
-def everyone(case: AnyCase) -> list[str]:
-    names = [*sequences_of(case).contenders]
-    return [*names[:2], "torch.compile", *names[2:]]
-
-
-def named(found: list[AnyCase], prefix: str = "") -> list:
-    return [
-        pytest.param(case, name, id=f"{prefix}{case.name}-{name.replace(' ', '-')}")
-        for case in found
-        for name in everyone(case)
-    ]
-
-
-def timed(benchmark: BenchmarkFixture, kept: dict, case: AnyCase, name: str, copy_gbps: float) -> None:
-    """Check the values, then time; bytes, GB/s and share of the copy bandwidth go into `extra_info`."""
-    try:
-        if case not in kept:
-            kept.clear()
-            kept[case] = Prepared(case, CPU)
-        wanted = [one for one in entrants(kept[case].sequences) if one.name == name]
-        bound = kept[case].bound(wanted[0])
-    except NotMeasured as reason:
-        pytest.skip(str(reason))
-    begun = time.perf_counter()
-    bound.calls[-1]()
-    rounds = min(MOST, max(LEAST, int(SECONDS / (time.perf_counter() - begun))))
-    turns, benchmark.group = itertools.cycle(bound.calls), case.name
-    benchmark.pedantic(
-        lambda call: call(), setup=lambda: ((next(turns),), {}), rounds=rounds, warmup_rounds=1
-    )
-    benchmark.extra_info |= {"bytes": case.min_bytes, "cache": kept[case].cache, "error": bound.error}
-    if benchmark.stats is not None:  # None under --benchmark-disable
-        gbps = 1e-9 * case.min_bytes / benchmark.stats.stats.median
-        benchmark.extra_info |= {"gbps": gbps, "share_of_copy": gbps / copy_gbps}
-
-
-@pytest.mark.parametrize(("case", "name"), named(CASES))
-def test_case(
-    benchmark: BenchmarkFixture, prepared: dict, case: AnyCase, name: str, bandwidth: Bandwidth
-) -> None:
-    timed(benchmark, prepared, case, name, bandwidth.copy_gbps)
-
-
-@pytest.mark.parametrize(("case", "name"), named([FLAGSHIP], "flagship-"))
-def test_flagship_on_one_thread(
-    benchmark: BenchmarkFixture, prepared: dict, case: AnyCase, name: str
-) -> None:
-    with threads(1):
-        timed(benchmark, prepared, case, name, measure_bandwidth(CPU).copy_gbps)
-
-
-@pytest.mark.parametrize("call", tiny_calls(CPU))
-@pytest.mark.parametrize("mode", MODES)
-def test_dispatch(benchmark: BenchmarkFixture, mode: str, call: str) -> None:
-    benchmark.group = f"dispatch: {mode}"
-    with threads(1), MODES[mode]():
-        benchmark(tiny_calls(CPU)[call])
-
-
-@pytest.fixture(scope="module", params=MODEL_SIZES, ids=lambda size: size.name.replace(" ", "-"))
-def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
-    """A model on which all methods were found to agree with their originals."""
+@pytest.mark.parametrize("entrant", GENERATING, ids=lambda entrant: entrant.name.replace(" ", "-"))
+@pytest.mark.parametrize("size", MODEL_SIZES, ids=lambda size: size.name.replace(" ", "-"))
+def test_generation(benchmark: BenchmarkFixture, size, entrant: Entrant) -> None:
     with torch.inference_mode():
-        contest = Contest(request.param, (FORA_3, *METHODS))
-        checked(contest, [Generating(method, way) for method in (FORA_3, *METHODS) for way in METHOD_WAYS])
-        yield contest
-
-
-@pytest.mark.parametrize("way", METHOD_WAYS, ids=lambda way: way.name.lower())
-@pytest.mark.parametrize("method", (FORA_3, *METHODS), ids=lambda method: method.name)
-def test_method(benchmark: BenchmarkFixture, contest: Contest, method, way: Way) -> None:
-    benchmark.group = f"{method.name} on {contest.size.name}"
-    benchmark.pedantic(contest.generate, args=(Generating(method, way),), rounds=3)
-
-
-def test_uncached(benchmark: BenchmarkFixture, contest: Contest) -> None:
-    benchmark.group = f"uncached on {contest.size.name}"
-    benchmark.pedantic(contest.generate, args=(HOST,), rounds=3)
+        contest = Contest(size, [entrant.method] if entrant.method else [])
+        benchmark.group = f"{entrant.method.name if entrant.method else 'uncached'} on {size.name}"
+        benchmark.pedantic(contest.generate, args=(entrant,), rounds=3, warmup_rounds=1)

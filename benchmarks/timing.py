@@ -1,17 +1,15 @@
 """Medians of contenders that take turns, so that whatever slows the machine slows all of them alike.
 
 Every time is taken twice: wall time, and the CPU time of the thread (of the process, where PyTorch has
-several), which a neighbour on the machine does not move. GPU work is timed in CUDA graphs of calls on
-rotating buffers, without the host; on a CPU a replay runs the calls, which serves rehearsals and no
-measurement.
+several), which a neighbour on the machine does not move. GPU work is timed in CUDA graphs, without the host;
+on a CPU a replay runs the calls, which serves rehearsals and no measurement.
 """
 
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -37,17 +35,9 @@ class Timing:
     def of(cls, samples: Sequence["Sample"], calls: int = 1) -> "Timing":
         """From samples of `calls` calls each."""
         ordered = sorted(1e6 * sample.wall / calls for sample in samples)
-        tenth = (len(ordered) - 1) / 10
-        low, high = ordered[round(tenth)], ordered[round(9 * tenth)]
+        low, high = (ordered[round(tenths * (len(ordered) - 1) / 10)] for tenths in (1, 9))
         cpu = 1e6 * statistics.median(sample.cpu for sample in samples) / calls
         return cls(statistics.median(ordered), low, high, ordered[0], len(ordered), cpu)
-
-    def each(self, calls: int) -> "Timing":
-        """Of one of `calls` calls that were one."""
-        scaled = {
-            one.name: getattr(self, one.name) / calls for one in fields(self) if one.name.endswith("us")
-        }
-        return Timing(**scaled, rounds=self.rounds)
 
 
 @dataclass(frozen=True)
@@ -71,12 +61,11 @@ class Effort:
 
     def rounds(self) -> Iterator[int]:
         """Numbers of the rounds."""
-        begun, number = time.perf_counter(), 0
-        while number < self.min_rounds or (
-            number < self.max_rounds and time.perf_counter() - begun < self.seconds
-        ):
+        begun = time.perf_counter()
+        for number in range(self.max_rounds):
+            if number >= self.min_rounds and time.perf_counter() - begun >= self.seconds:
+                return
             yield number
-            number += 1
 
 
 class Stopwatch:
@@ -101,24 +90,24 @@ class Stopwatch:
         other[0].synchronize()
         return Sample(one[0].elapsed_time(other[0]) / 1e3, other[1] - one[1])
 
-    def sample(self, call: Call, calls: int = 1) -> Sample:
-        """Of some calls; freeing the last result is not counted."""
-        synchronised(self._cuda)
+    def sample(self, call: Call) -> Sample:
+        """Of a call; freeing its result is not counted."""
+        if self._cuda:
+            torch.cuda.synchronize()
         begun = self.mark()
-        for _ in range(calls):
-            result = call()
+        result = call()
         ended = self.mark()
         del result
         return self.between(begun, ended)
 
 
 def measure(
-    contenders: Mapping[str, Sequence[Call]], effort: Effort, device: torch.device, calls: int = 1
+    contenders: Mapping[str, Sequence[Call]], effort: Effort, device: torch.device
 ) -> dict[str, Timing]:
-    """Time every contender once a round, after one round to warm up; a sample is `calls` calls.
+    """Time every contender once a round, after one round to warm up.
 
-    Each sample of any contender uses the next buffer, so that none finds its operands in a cache where
-    another left them.
+    Each sample of any contender uses the next buffer, so that none finds operands in a cache where another
+    left them. A Replay counts as its calls.
     """
     watch, turn = Stopwatch(device), 0
     samples: dict[str, list[Sample]] = {name: [] for name in contenders}
@@ -126,26 +115,18 @@ def measure(
     def round_(kept: dict[str, list[Sample]]) -> None:
         nonlocal turn
         for name, buffers in contenders.items():
-            kept[name].append(watch.sample(buffers[turn % len(buffers)], calls))
+            kept[name].append(watch.sample(buffers[turn % len(buffers)]))
             turn += 1
 
-    with _no_collection():
+    gc.disable()  # no garbage collection between two readings of the clock
+    try:
         round_({name: [] for name in contenders})
         for _ in effort.rounds():
             round_(samples)
-    return {name: Timing.of(found, calls) for name, found in samples.items()}
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection between two readings of the clock."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.enable()
+    calls = {name: getattr(buffers[0], "calls", 1) for name, buffers in contenders.items()}
+    return {name: Timing.of(found, calls[name]) for name, found in samples.items()}
 
 
 @dataclass
@@ -156,6 +137,9 @@ class Replay:
     calls: int
     results: list[object]
 
+    def __call__(self) -> object:
+        return self.run()
+
 
 def captured(calls: Sequence[Call], device: torch.device, ideal_us: float) -> Replay:
     """A graph that makes every call equally often, in turn, until it has about GRAPH_US of work.
@@ -164,11 +148,9 @@ def captured(calls: Sequence[Call], device: torch.device, ideal_us: float) -> Re
     call would take at the speed of memory. The calls must have run before.
     """
     wanted = max(2, min(MOST_CALLS, round(GRAPH_US / max(ideal_us, LAUNCH_US))))
-    count = len(calls) * -(-wanted // len(calls))
-    turns = [calls[turn % len(calls)] for turn in range(count)]
-    results: list[object] = []
+    turns = [*calls] * -(-wanted // len(calls))
     if device.type != "cuda":
-        return Replay(lambda: [call() for call in turns], count, results)
+        return Replay(lambda: [call() for call in turns], len(turns), [])
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -178,32 +160,26 @@ def captured(calls: Sequence[Call], device: torch.device, ideal_us: float) -> Re
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results += [call() for call in turns]
-    return Replay(graph.replay, count, results)
-
-
-def measure_replays(replays: Mapping[str, Replay], effort: Effort, device: torch.device) -> dict[str, Timing]:
-    """Microseconds of one call of each contender; they take turns, replay by replay."""
-    found = measure({name: [replay.run] for name, replay in replays.items()}, effort, device)
-    return {name: timing.each(replays[name].calls) for name, timing in found.items()}
+        results = [call() for call in turns]
+    return Replay(graph.replay, len(turns), results)
 
 
 def host_us(calls: Sequence[Call], device: torch.device) -> float:
     """Microseconds that the host spends on a call: median over a few rounds, each on an idle GPU."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rounds = []
     for _ in range(HOST_ROUNDS):
-        synchronised(device.type == "cuda")
+        wait()
         begun = time.perf_counter()
         for turn in range(HOST_CALLS):
             calls[turn % len(calls)]()
         rounds.append(1e6 * (time.perf_counter() - begun) / HOST_CALLS)
-    synchronised(device.type == "cuda")
+    wait()
     return statistics.median(rounds)
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels and memory operations that a call puts on the GPU; None on a CPU, where it runs all the
-    same."""
+    """Kernels and memory operations that a call puts on the GPU; None on a CPU, where it runs too."""
     if device.type != "cuda":
         call()
         return None
@@ -214,22 +190,3 @@ def launches(call: Call, device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
-
-
-def extra_bytes(call: Call, device: torch.device) -> int | None:
-    """Most memory that a call takes beyond what it found, its results included; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = call()
-    torch.cuda.synchronize(device)
-    del result
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def synchronised(cuda: bool) -> None:
-    """Wait for the GPU, where there is one."""
-    if cuda:
-        torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Choices, scores and calibration errors of tokens: what one writes in PyTorch, and FastCache.
+"""Choices, scores and errors of tokens, and a call's dispatch: what one writes in PyTorch, and FastCache.
 
 A choice normalises, ages and gives the bonus of ToCa on a DiT, writes the ages, and makes what its refresh
 needs: indices [B, K] per layer, or (topk and ours) slot maps too.
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.cases import DTYPE_NAMES, LAYERS, ChoiceCase, Size
 from benchmarks.originals import choose, with_bonus
 from benchmarks.sequences import BEST, NAIVE, OURS, OURS_EAGER, Binder, Outputs, Sequences, within_eager
-from fastcache.ops import attention_received, relative_error, row_score, select_tokens_, value_norm
+from fastcache import ops
 from fastcache.policies import ToCa
 from fastcache.policies.toca import DIT
 from fastcache.schedule import Score, Selection
@@ -23,16 +23,15 @@ from fastcache.schedule import Score, Selection
 POLICY = ToCa(fresh_threshold=3)
 AGE_WEIGHT = POLICY.soft_fresh_weight / POLICY.fresh_threshold
 SELECTION = Selection(Score.ATTENTION, AGE_WEIGHT, DIT.cell, DIT.bonus)
-TOPK = "topk per layer"
 SAMPLES, LOOKAHEADS = 2, 3
+CALLS = 100  # of dispatch in one sample: shorter than the time slice of another process
 
 # --- choices -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choice:
-    """scores [L, B, N] float32; ages [L, B, N] int32, written; counts: K per layer; device_counts: [L *
-    B]."""
+    """scores [L, B, N] float32; ages [L, B, N] int32, written; counts: K per layer; device_counts [L * B]."""
 
     scores: Tensor
     ages: Tensor
@@ -44,12 +43,6 @@ def sorted_per_layer(i: Choice) -> list[Tensor]:
     """The original: all of it per layer, and a whole sort."""
     layers = zip(i.scores, i.ages, i.counts, strict=True)
     return [choose(F.normalize(one, dim=-1), ages, K, SELECTION, POLICY.fields()) for one, ages, K in layers]
-
-
-def topk_per_layer(i: Choice) -> list[Tensor]:
-    """The original's scores, torch.topk for the sort, and a slot map."""
-    layers = zip(i.scores, i.ages, i.counts, strict=True)
-    return [_taken(_scored(score, ages), ages.add_(1), count) for score, ages, count in layers]
 
 
 def scored_at_once(i: Choice, scored: Callable[[Tensor, Tensor], Tensor] | None = None) -> list[Tensor]:
@@ -75,7 +68,7 @@ def in_one_launch(i: Choice) -> Outputs:
     """Ours."""
     scores, ages, side = i.scores.flatten(0, 1), i.ages.flatten(0, 1), round(i.scores.shape[-1] ** 0.5)
     bonus = {"width": side, "cell": SELECTION.cell, "bonus": SELECTION.bonus}
-    return select_tokens_(scores, ages, i.device_counts, max(i.counts), age_weight=AGE_WEIGHT, **bonus)
+    return ops.select_tokens_(scores, ages, i.device_counts, max(i.counts), age_weight=AGE_WEIGHT, **bonus)
 
 
 class ChoiceSequences(Sequences):
@@ -85,7 +78,7 @@ class ChoiceSequences(Sequences):
 
     def __init__(self, case: ChoiceCase) -> None:
         super().__init__(case)
-        found = {NAIVE: sorted_per_layer, TOPK: topk_per_layer, BEST: scored_at_once, OURS: in_one_launch}
+        found = {NAIVE: sorted_per_layer, BEST: scored_at_once, OURS: in_one_launch}
         self.contenders = {name: partial(partial, call) for name, call in found.items()}
 
     def make(self, device: torch.device, seed: int = 0) -> Choice:
@@ -119,26 +112,26 @@ class ChoiceSequences(Sequences):
         return float((found != exact).float().mean()) if right else float("inf")
 
 
-# --- scores and errors ---------------------------------------------------------------------------------
+# --- scores, errors and dispatch -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One operator at one size. min_bytes: the least that any implementation reads and writes.
+    """One operator on tensors of `shapes` (lists of shapes are lists of tensors).
 
-    plain: as a method's own code writes it; best: the fewest launches of eager PyTorch. wrapped: what
-    torch.compile is measured as, from torch.compile.
+    plain: as a method writes it. best: the fewest launches of eager PyTorch, plain if None. wrapped: what
+    torch.compile is measured as, from torch.compile; of plain if None.
     """
 
     label: str
     size: Size
     dtype: torch.dtype
     min_bytes: int
-    make: Callable[[torch.Generator], tuple]
+    shapes: tuple
     ours: Callable[..., Tensor] = field(repr=False)
     plain: Callable[..., Tensor] = field(repr=False)
-    best: Callable[..., Tensor] = field(repr=False)
-    wrapped: Callable[[Callable], Callable] = field(repr=False)
+    best: Callable[..., Tensor] | None = field(default=None, repr=False)
+    wrapped: Callable[[Callable], Callable] | None = field(default=None, repr=False)
     allowed: float = 1e-5  # what float32 sums in another order explain
     flops, rows = 0, 0
 
@@ -155,121 +148,120 @@ class OperatorCase:
     working_bytes = operand_bytes
 
 
+def _on_arguments(call: Callable[..., Tensor]) -> Binder:
+    return lambda arguments: partial(call, *arguments)
+
+
 class OperatorSequences(Sequences):
     """FastCache's eager definition is what every contender must give."""
 
     def __init__(self, case: OperatorCase) -> None:
         super().__init__(case)
         self.allowed = case.allowed
-        found = {NAIVE: case.plain, BEST: case.best, OURS: case.ours}
-        bound = {name: partial(_on_arguments, call) for name, call in found.items()}
+        found = {NAIVE: case.plain, BEST: case.best or case.plain, OURS: case.ours}
+        bound = {name: _on_arguments(call) for name, call in found.items()}
         self.contenders = bound | {OURS_EAGER: partial(within_eager, bound[OURS])}
 
     def make(self, device: torch.device, seed: int = 0) -> tuple:
-        made = self.case.make(torch.Generator().manual_seed(seed))
-        return tuple(
-            [one.to(device) for one in part] if isinstance(part, list) else part.to(device) for part in made
-        )
+        generator = torch.Generator().manual_seed(seed)
+
+        def made(shape: tuple | list) -> Tensor | list[Tensor]:
+            if isinstance(shape, list):
+                return [made(one) for one in shape]
+            return torch.randn(shape, generator=generator).to(device, self.case.dtype)
+
+        return tuple(made(shape) for shape in self.case.shapes)
 
     def compiled(self, backend: str = "inductor", mode: str | None = None) -> Binder:
         torch.compiler.reset()
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-        return partial(_on_arguments, self.case.wrapped(compiled))
+        wrapped = self.case.wrapped or (lambda to: to(self.case.plain))
+        return _on_arguments(wrapped(compiled))
 
     def exact(self, operands: tuple) -> Outputs:
         return (self.contenders[OURS_EAGER](operands)(),)
-
-
-def _on_arguments(call: Callable[..., Tensor], arguments: tuple) -> Callable[[], Tensor]:
-    return partial(call, *arguments)
 
 
 def operator_cases(
     tokens: Sequence[int] = (256, 4096), channels: int = 1152, heads: int = 16, layers: int = LAYERS
 ) -> list[OperatorCase]:
     """Scores at the sizes of DiT-XL/2, errors of calibration, and attention up to 1024 tokens."""
-    found = []
+    found, head = [], channels // heads
+    best_norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+    values = lambda call: lambda qkv: call(qkv.permute(2, 0, 3, 1, 4)[2])
     for dtype in (torch.bfloat16, torch.float32):
-        for count in tokens:
-            found += [_norm(count, channels, dtype), _distance(count, channels, dtype)]
-        found.append(_values(tokens[0], heads, channels // heads, dtype))
-        found.append(_calibration(tokens[0], channels, 2 * layers, dtype))
-    return [*found, *(_attention(min(count, 1024), heads, channels // heads) for count in tokens)]
+        row = channels * dtype.itemsize
+        for N in tokens:
+            shape, what = (SAMPLES, N, channels), f"{SAMPLES}x{N}x{channels}"
+            size, moved = ("row_score", Size(f"norm-{what}", *shape)), SAMPLES * N * (row + 4)
+            found.append(OperatorCase(*size, dtype, moved, (shape,), ops.row_score, _norm, best_norm))
+            size, moved = ("row_score", Size(f"cosine-{what}", *shape)), SAMPLES * N * (2 * row + 4)
+            found.append(OperatorCase(*size, dtype, moved, (shape, shape), ops.row_score, _distance))
+        N, shape = tokens[0], (SAMPLES, tokens[0], 3, heads, head)
+        size = "value_norm", Size(f"{SAMPLES}x{heads}x{N}x{head}", SAMPLES, N, channels)
+        calls = values(ops.value_norm), values(_value_norm)
+        found.append(OperatorCase(*size, dtype, SAMPLES * N * (row + 4), (shape,), *calls))
+        found.append(_calibration(N, channels, 2 * layers, dtype))
+    for N in (min(count, 1024) for count in tokens):
+        shape, moved = (SAMPLES, heads, N, head), 4 * SAMPLES * (2 * channels * N + N)
+        size = "attention_received", Size("x".join(map(str, shape)), SAMPLES, N, channels), torch.float32
+        calls = {"ours": ops.attention_received, "plain": _received, "allowed": 1e-4}
+        found.append(OperatorCase(*size, moved, (shape, shape), **calls))
+    return found
 
 
-def _norm(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
-    def plain(x: Tensor) -> Tensor:
-        return x.float().norm(dim=-1)
-
-    def best(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-
-    size, moved = Size(f"norm-{SAMPLES}x{N}x{D}", SAMPLES, N, D), SAMPLES * N * (D * dtype.itemsize + 4)
-    make = partial(_normal, dtype, (SAMPLES, N, D))
-    return OperatorCase("row_score", size, dtype, moved, make, row_score, plain, best, lambda to: to(plain))
+def _norm(x: Tensor) -> Tensor:
+    return x.float().norm(dim=-1)
 
 
-def _distance(N: int, D: int, dtype: torch.dtype) -> OperatorCase:
-    def plain(x: Tensor, y: Tensor) -> Tensor:
-        return 1 - F.cosine_similarity(x.float(), y.float(), dim=-1)
-
-    size, moved = Size(f"cosine-{SAMPLES}x{N}x{D}", SAMPLES, N, D), SAMPLES * N * (2 * D * dtype.itemsize + 4)
-    make = partial(_normal, dtype, (SAMPLES, N, D), (SAMPLES, N, D))
-    return OperatorCase("row_score", size, dtype, moved, make, row_score, plain, plain, lambda to: to(plain))
+def _distance(x: Tensor, y: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(x.float(), y.float(), dim=-1)
 
 
-def _values(N: int, heads: int, d: int, dtype: torch.dtype) -> OperatorCase:
-    def plain(v: Tensor) -> Tensor:
-        return (1 - v.float().norm(dim=-1)).sum(1)
+def _value_norm(v: Tensor) -> Tensor:
+    return (1 - v.float().norm(dim=-1)).sum(1)
 
-    def make(generator: torch.Generator) -> tuple[Tensor]:
-        (qkv,) = _normal(dtype, (SAMPLES, N, 3, heads, d), generator)
-        return (qkv.permute(2, 0, 3, 1, 4)[2],)
 
-    size = Size(f"{SAMPLES}x{heads}x{N}x{d}", SAMPLES, N, heads * d)
-    moved = SAMPLES * N * (heads * d * dtype.itemsize + 4)
-    return OperatorCase(
-        "value_norm", size, dtype, moved, make, value_norm, plain, plain, lambda to: to(plain)
-    )
+def _received(q: Tensor, k: Tensor) -> Tensor:
+    return torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(-1).mean(1).sum(1)
+
+
+def _relative(old: Tensor, new: Tensor) -> Tensor:
+    return (old.float() - new.float()).abs().sum() / new.float().abs().sum()
 
 
 def _calibration(N: int, D: int, layers: int, dtype: torch.dtype) -> OperatorCase:
-    def make(generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        made = _normal(dtype, *[(SAMPLES, N, D)] * (1 + LOOKAHEADS) * layers, generator)
-        return list(made[:layers]), list(made[layers:])
+    """Errors of earlier features of all layers, several look-aheads each, in one call."""
 
-    def pair(old: Tensor, new: Tensor) -> Tensor:
-        return (old.float() - new.float()).abs().sum() / new.float().abs().sum()
-
-    def looped(pair: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+    def looped(pair: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         def loop(newest: list[Tensor], earlier: list[Tensor]) -> Tensor:
-            return torch.stack([pair(old, newest[j % layers]) for j, old in enumerate(earlier)]).view(
-                -1, layers
-            )
+            errors = [pair(old, newest[j % layers]) for j, old in enumerate(earlier)]
+            return torch.stack(errors).view(-1, layers)
 
         return loop
 
-    size = Size(f"{LOOKAHEADS}x{layers}x{SAMPLES}x{N}x{D}", SAMPLES, N, D)
-    moved, plain = (1 + LOOKAHEADS) * layers * SAMPLES * N * D * dtype.itemsize, looped(pair)
-    calls = (relative_error, plain, plain, lambda compiled: looped(compiled(pair)))
-    return OperatorCase("relative_error", size, dtype, moved, make, *calls, allowed=1e-4)
+    shape = (SAMPLES, N, D)
+    shapes = [shape] * layers, [shape] * layers * LOOKAHEADS
+    size = Size(f"{LOOKAHEADS}x{layers}x{SAMPLES}x{N}x{D}", *shape)
+    moved, what = (1 + LOOKAHEADS) * layers * size.elements * dtype.itemsize, ("relative_error", size, dtype)
+    calls = ops.relative_error, looped(_relative), None, lambda to: looped(to(_relative)), 1e-4
+    return OperatorCase(*what, moved, shapes, *calls)
 
 
-def _attention(N: int, heads: int, d: int) -> OperatorCase:
-    def plain(q: Tensor, k: Tensor) -> Tensor:
-        return torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1).mean(1).sum(1)
+def dispatch_case() -> OperatorCase:
+    """What calls cost before they move any bytes: a gated update of 256 numbers, CALLS times."""
 
-    shape = (SAMPLES, heads, N, d)
-    size, moved = (
-        Size("x".join(map(str, shape)), SAMPLES, N, heads * d),
-        4 * SAMPLES * (2 * heads * N * d + N),
-    )
-    calls = (attention_received, plain, plain, lambda to: to(plain))
-    make = partial(_normal, torch.float32, shape, shape)
-    return OperatorCase("attention_received", size, torch.float32, moved, make, *calls, allowed=1e-4)
+    def repeated(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def calls(*arguments: Tensor) -> Tensor:
+            for _ in range(CALLS):
+                result = call(*arguments)
+            return result
 
+        return calls
 
-def _normal(dtype: torch.dtype, *given) -> tuple[Tensor, ...]:
-    """Tensors of the given shapes; last comes the generator."""
-    *shapes, generator = given
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    plain = lambda x, feature, gate: x + gate[:, None] * feature
+    best = lambda x, feature, gate: torch.addcmul(x, gate[:, None], feature)
+    ours = lambda x, feature, gate: ops.residual_update(x, feature, gate).x
+    what, shapes = ("dispatch", Size(f"{CALLS} calls", 1, 4, 64)), ((1, 4, 64), (1, 4, 64), (1, 64))
+    calls = *map(repeated, (ours, plain, best)), lambda to: repeated(to(plain))
+    return OperatorCase(*what, torch.float32, 4 * CALLS * 13 * 64, shapes, *calls)

@@ -1,15 +1,15 @@
 """Measure every legal launch configuration on this GPU, and write the table that goes before the heuristics.
 
-    python -m benchmarks.tune --out tuned.json [--kernels cuda.sum,triton.sum] [--channels 1152,3072]
-    [--seconds 300] FASTCACHE_TUNING=tuned.json python ...        # use it
+    python -m benchmarks.tune --out tuned.json [--kernels cuda.sum triton.sum] [--channels 1152 3072]
+    FASTCACHE_TUNING=tuned.json python ...        # use it
 
 An entry is written only where a configuration beats the heuristic's choice by more than NOISE; the file is
-complete after every key, so a time limit loses what it cut off and nothing else. fastcache/backends/tuning.py
-says what a key is, and what becomes of a table that is stale.
+complete after every key. fastcache/backends/tuning.py says what a key is, and when a table is stale.
 """
 
 import argparse
 import gc
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ from benchmarks.contest import Prepared
 from benchmarks.gate.stage import write_json
 from benchmarks.operands import Operands
 from benchmarks.sequences import relative_rms
-from benchmarks.timing import Effort, captured, measure_replays
+from benchmarks.timing import Effort, captured, measure
 from fastcache.backends import tuning
 from fastcache.backends.cuda_config import CudaKernels
 from fastcache.backends.index_errors import loaded_cuda
@@ -42,24 +42,16 @@ MOST_BYTES = 24e9  # of operands
 ALLOWED_ERROR = 1e-2  # relative RMS against eager: no configuration may compute something else
 EFFORT = Effort(0.3, 15, 60)
 
-Clock = Callable[
-    [Key, Mapping[str, Config | None]], dict[str, float]
-]  # microseconds of each configuration; None: the heuristic's
+# microseconds of each configuration; None: the heuristic's
+Clock = Callable[[Key, Mapping[str, Config | None]], dict[str, float]]
 
 
 def keys(kernels: Iterable[str], channels: Iterable[int], dtypes: Iterable[str], device: str) -> list[Key]:
     """What is measured, small before large."""
-    kinds = [
-        (kernel, terms)
-        for kernel in kernels
-        for terms in (SUM_TERMS if kernel.endswith("sum") else ROW_TERMS)
-    ]
-    widths = [(D, dtype) for D in channels for dtype in dtypes]
     found = [
-        Key(kernel, device, *width, terms, rows)
-        for rows in ROWS
-        for width in widths
-        for kernel, terms in kinds
+        Key(kernel, device, width, dtype, terms, rows)
+        for rows, width, dtype, kernel in itertools.product(ROWS, channels, dtypes, kernels)
+        for terms in (SUM_TERMS if kernel.endswith("sum") else ROW_TERMS)
     ]
     return [key for key in found if case_of(key).tensor_bytes * (TERMS[key.terms] + 2) <= MOST_BYTES]
 
@@ -70,21 +62,20 @@ def tune(
     clock: Clock,
     save: Callable[[list[Entry]], None],
     deadline: float = float("inf"),
-    say: Callable[[str], None] = lambda text: None,
 ) -> list[Entry]:
     """The entries that beat the heuristic; `save` gets all of them after every key."""
     entries: list[Entry] = []
     for number, key in enumerate(wanted, start=1):
         if time.monotonic() > deadline:
-            say(f"the budget was used up before {len(wanted) - number + 1} of {len(wanted)} keys")
+            print(f"the budget was used up before {len(wanted) - number + 1} of {len(wanted)} keys")
             break
         legal = {str(config): config for config in legal_configs(key, cuda)}
         if not legal:
             continue
         found = clock(key, {HEURISTIC: None, **legal})
-        names = [name for name in found if name != HEURISTIC]
+        names = [name for name in legal if name in found]
         if HEURISTIC not in found or not names:
-            say(f"{number}/{len(wanted)} {key}: not measured")
+            print(f"{number}/{len(wanted)} {key}: not measured")
             continue
         best = min(names, key=found.__getitem__)
         better = found[best] < (1 - NOISE) * found[HEURISTIC]
@@ -92,7 +83,7 @@ def tune(
             entries.append(Entry(key, legal[best], found[best], found[HEURISTIC]))
         save(entries)
         against = f"heuristic {found[HEURISTIC]:.1f} us{', kept' if better else ''}"
-        say(f"{number}/{len(wanted)} {key}: {best} {found[best]:.1f} us, {against}")
+        print(f"{number}/{len(wanted)} {key}: {best} {found[best]:.1f} us, {against}")
     return entries
 
 
@@ -106,20 +97,12 @@ def case_of(key: Key) -> Case:
 def call_of(key: Key, i: Operands) -> Callable[[], object]:
     """The call on given operands: a trunk sum, or the same with LayerNorm and modulation."""
     trunk = partial(residual_update, i.x, i.features, i.table, gate_index=i.gate_index)
-    return (
-        trunk if key.kernel.endswith("sum") else partial(trunk, norm=Norm.LAYER, shift=i.shift, scale=i.scale)
-    )
+    modulated = {} if key.kernel.endswith("sum") else {"norm": Norm.LAYER, "shift": i.shift, "scale": i.scale}
+    return partial(trunk, **modulated)
 
 
-def graph_clock(
-    device: torch.device,
-    effort: Effort = EFFORT,
-    *,
-    backend: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Clock:
-    """Times by graph replay on rotating buffers, all configurations in turns; one with wrong values is left
-    out.
+def graph_clock(device: torch.device, effort: Effort = EFFORT, backend: str | None = None) -> Clock:
+    """Times by graph replay, all configurations in turns; one with wrong values is left out.
 
     backend: runs all keys, for a rehearsal; None: the one that a key's kernel belongs to.
     """
@@ -137,10 +120,10 @@ def graph_clock(
                 pairs = zip(calls[0](), expected, strict=True)
                 error = max(relative_rms(one, other) for one, other in pairs if other is not None)
                 if not error <= ALLOWED_ERROR:
-                    say(f"{name} is off by {error:.1e} and left out: this is a bug, report it")
+                    print(f"{name} is off by {error:.1e} and left out: this is a bug, report it")
                     continue
-                replays[name] = captured(calls, device, 1e-3 * case.min_bytes / 4000)
-        timings = measure_replays(replays, effort, device)
+                replays[name] = [captured(calls, device, 1e-3 * case.min_bytes / 4000)]
+        timings = measure(replays, effort, device)
         del replays, buffers
         gc.collect()
         if device.type == "cuda":
@@ -150,49 +133,27 @@ def graph_clock(
     return clock
 
 
-def write(path: Path, entries: list[Entry], versions: Mapping[str, str]) -> None:
-    """The table, replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, encoded(entries, versions))
-
-
-def listed(text: str, allowed: Sequence[str], option: str) -> list[str]:
-    """A comma-separated option. Raises SystemExit naming it."""
-    found = [part for part in text.split(",") if part]
-    unknown = [part for part in found if part not in allowed]
-    if unknown or not found:
-        sys.exit(f"{option}: expected some of {', '.join(allowed)}, got {text!r}")
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     text = "Measure launch configurations on this GPU and write a table of the best."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=text)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kernels", default=",".join(CONFIGS))
-    parser.add_argument("--channels", default=",".join(map(str, CHANNELS)))
-    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--kernels", nargs="+", choices=tuple(CONFIGS), default=tuple(CONFIGS))
+    parser.add_argument("--channels", nargs="+", type=int, default=CHANNELS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=("bfloat16",))
     parser.add_argument("--seconds", type=float, default=480.0, help="after which no further key is begun")
     options = parser.parse_args(arguments)
-    kernels = listed(options.kernels, tuple(CONFIGS), "--kernels")
-    dtypes = listed(options.dtypes, DTYPES, "--dtypes")
-    if not all(part.isdigit() for part in options.channels.split(",")):
-        sys.exit(f"--channels: expected numbers, comma-separated, got {options.channels!r}")
     if not torch.cuda.is_available():
         sys.exit("python -m benchmarks.tune: PyTorch sees no GPU, and a table is made by measuring on one")
     device, status, library = torch.device("cuda"), fastcache.backends_status(), loaded_cuda()
-    kernels = [name for name in kernels if status[name.partition(".")[0]].available]
+    kernels = [name for name in options.kernels if status[name.partition(".")[0]].available]
     cuda = None if library is None else CudaKernels(library)
-    wanted = keys(kernels, map(int, options.channels.split(",")), dtypes, tuning.device_name(device))
-    say = partial(print, flush=True)
-
-    def save(found: list[Entry]) -> None:
-        write(options.out, found, tuning.kernel_versions(cuda))
-
+    wanted = keys(kernels, options.channels, options.dtypes, tuning.device_name(device))
+    save = lambda found: write_json(options.out, encoded(found, tuning.kernel_versions(cuda)))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         deadline = time.monotonic() + options.seconds
-        entries = tune(wanted, cuda, graph_clock(device, say=say), save, deadline, say)
+        entries = tune(wanted, cuda, graph_clock(device), save, deadline)
     print(f"{len(entries)} entries in {options.out.name}; use them with FASTCACHE_TUNING={options.out.name}")
 
 

@@ -22,21 +22,18 @@ from benchmarks.contest import (
     sequences_of,
 )
 from benchmarks.machine import threads
-from benchmarks.operands import Operands
-from benchmarks.run import PARTS, QUICK, _before, main
+from benchmarks.run import PARTS, QUICK, main, measured
 from benchmarks.tables import case_notes, method_notes
 from benchmarks.timing import Effort, Sample, Timing, measure
-from benchmarks.tokens import SELECTION, operator_cases
+from benchmarks.tokens import SELECTION, dispatch_case, operator_cases
 from fastcache.backends.eager_tokens import select_tokens_
 from fastcache.models.dit import Mlp
 
 CPU, ONCE = torch.device("cpu"), Effort(0.0, 1, 1)
-FORMS = [
-    Case(form, TINY, dtype) for form in Form if form not in described.PARTIAL_BLOCKS for dtype in TINY.dtypes
-]
-BLOCKS = described.block_cases((TINY_TOKENS,), (0.01, 0.25, 1.0))
+FORMS = [Case(form, TINY, dtype) for form in described.FORMS for dtype in TINY.dtypes]
+BLOCKS = described.token_cases((TINY_TOKENS,), (0.01, 0.25, 1.0))[1:]
 BLOCKS += [Case(form, TINY_TOKENS, torch.bfloat16, 0.25) for form in described.PARTIAL_BLOCKS]
-TOKENS = [ChoiceCase(TINY_TOKENS, 0.3, 5), *operator_cases((24,), 64, 4, 2)]
+TOKENS = [ChoiceCase(TINY_TOKENS, 0.3, 5), *operator_cases((24,), 64, 4, 2), dispatch_case()]
 each_case = pytest.mark.parametrize("case", [*FORMS, *BLOCKS, *TOKENS], ids=lambda case: case.name)
 
 
@@ -56,9 +53,6 @@ TINY_BYTES = {
     Form.REFRESH: 3 * 6144 + 2 * 1792 + 3 * 256 + 2 * 48 * 4,
     Form.FORECAST_2: 30_988,
     Form.FORECAST_4: 43_284,
-    Form.ERRORS: 12_312,
-    Form.UPDATE_MODULATE_RMS: 25_344,
-    Form.MODULATE_RMS: 12_800,
 }
 
 
@@ -72,18 +66,15 @@ def test_least_bytes_are_those_counted_by_hand() -> None:
     assert ChoiceCase(TINY_TOKENS, 0.2, 3).min_bytes == 3 * 2 * 16 * 4 * 4
     sizes = {size.name: size for size in described.SIZES}
     assert FLAGSHIP.min_bytes == 68_677_856 and FLAGSHIP.terms == 56
-    assert Case(Form.TRUNK, sizes["FLUX B1"], torch.bfloat16).min_bytes == 2_208_768_304
-    assert Case(Form.UPDATE, sizes["Wan-480p B1"], torch.bfloat16).min_bytes == 1_006_397_440
-    assert Case(Form.FORECAST_2, sizes["PixArt-1024 B2"], torch.bfloat16).min_bytes == 94_376_460
+    assert Case(Form.TRUNK, sizes["FLUX-B1"], torch.bfloat16).min_bytes == 2_208_768_304
+    assert Case(Form.UPDATE, sizes["Wan-480p-B1"], torch.bfloat16).min_bytes == 1_006_397_440
+    assert Case(Form.FORECAST_2, sizes["PixArt-1024-B2"], torch.bfloat16).min_bytes == 94_376_460
 
 
 def test_cases_have_unique_names_and_span_what_is_promised() -> None:
-    found = [*described.cases(), *described.block_cases()]
+    found = [*described.cases(), *described.token_cases()]
     assert len({case.name for case in found}) == len(found)
     assert {case.form for case in found if case.size.name.startswith("Wan")} == set(described.SINGLE_UPDATES)
-    assert {size.tokens for size in described.TOKEN_SIZES} >= {256, 24336} and {0.01, 0.6} < {
-        *described.SHARES
-    }
     assert all(size.tokens**0.5 % SELECTION.cell == 0 for size in described.TOKEN_SIZES)
 
 
@@ -91,26 +82,11 @@ def test_cases_have_unique_names_and_span_what_is_promised() -> None:
 def test_every_contender_gives_what_the_definition_gives(case) -> None:
     # torch.compile traces here and does not generate code: that takes seconds
     rows, absent = measure_case(case, CPU, ONCE, "eager", 1)
-    assert absent == [] and {row.contender for row in rows} >= {
-        "naive",
-        "best eager",
-        "torch.compile",
-        "fastcache",
-    }
-    assert all(row.timing.cpu_us > 0 and row.bytes == case.min_bytes for row in rows)
-    operators = {row.contender: row.operators for row in rows}
-    assert operators["fastcache"] == (
-        4 if case.label == "block" else 1
-    )  # one launch; and two GEMMs and a GELU
-    assert case.operand_bytes >= sum(map(nbytes, Prepared(case, CPU, 1).buffers))
-
-
-def nbytes(operands) -> int:
-    """Bytes of the whole tensors and rows among the operands of a form."""
-    if not isinstance(operands, Operands):
-        return 0
-    found = (operands.x, *operands.features, operands.slot, operands.fresh, operands.reference)
-    return sum({id(one): one.nbytes for one in found if one is not None}.values())
+    names = ["naive", "best eager", "torch.compile", "fastcache"]
+    assert absent == [] and [row["contender"] for row in rows][:4] == names
+    assert all(row["timing"]["cpu_us"] > 0 and row["bytes"] == case.min_bytes for row in rows)
+    launches = {"block": 4, "dispatch": 100}.get(case.label, 1)  # of a block, and two GEMMs and a GELU
+    assert next(row["operators"] for row in rows if row["contender"] == "fastcache") == launches
 
 
 def test_one_sample_takes_the_affine_layer_norm_and_agrees() -> None:
@@ -170,9 +146,9 @@ def test_what_does_not_fit_is_absent_with_the_reason() -> None:
     with pytest.raises(NotMeasured, match=r"needs \d+\.\d GB of memory, 1\.0 GB are free"):
         Prepared(Case(Form.TRUNK, described.SIZES[4], torch.bfloat16), CPU, free=1_000_000_000)
     _, [absent] = measure_case(Case(Form.BLOCK, described.TOKEN_SIZES[-1], torch.float32, 0.6), CPU, ONCE)
-    assert "GFLOP a call" in absent.reason
-    rows, [late] = _before(0.0, ONCE, QUICK, FLAGSHIP)
-    assert rows == [] and "wall-time budget" in late.reason
+    assert "GFLOP a call" in absent["reason"]
+    rows, [late, *_] = measured(QUICK, "forms", ONCE, begun=-1e9)
+    assert rows == [] and "wall-time budget" in late["reason"]
 
 
 def test_without_a_compiler_torch_compile_is_absent_with_the_reason(monkeypatch) -> None:
@@ -184,22 +160,21 @@ def test_without_a_compiler_torch_compile_is_absent_with_the_reason(monkeypatch)
 
     monkeypatch.setattr(torch, "compile", broken)
     rows, [absent] = measure_case(Case(Form.UPDATE, TINY, torch.float32), CPU, ONCE, max_copies=1)
-    assert (absent.provider, absent.reason) == (
-        "torch.compile",
-        "RuntimeError: No working C++ compiler found",
-    )
-    assert [row.contender for row in rows] == ["naive", "best eager", "fastcache", "fastcache eager"]
-    assert all(row.vs_compile is None and row.vs_naive is not None for row in rows)
+    assert absent["provider"] == "torch.compile"
+    assert absent["reason"] == "RuntimeError: No working C++ compiler found"
+    assert [row["contender"] for row in rows] == ["naive", "best eager", "fastcache", "fastcache eager"]
+    assert all("vs_compile" not in row and row["vs_naive"] for row in rows)
 
 
 def test_ratios_and_gbps_follow_from_the_medians() -> None:
     case = Case(Form.BLOCK, TINY_TOKENS, torch.float32, 0.25)
-    rows = {row.contender: row for row in measure_case(case, CPU, Effort(0.0, 3, 3), None, 1)[0]}
-    naive, ours = rows["naive"], rows["fastcache"]
-    assert ours.vs_naive == naive.timing.median_us / ours.timing.median_us
-    assert ours.cpu_vs_naive == naive.timing.cpu_us / ours.timing.cpu_us
-    assert ours.gbps == pytest.approx(case.min_bytes / (ours.timing.median_us * 1e-6) / 1e9)
-    assert ours.against(2 * ours.gbps).share_of_copy == 0.5 and rows["MLP alone"].vs_naive is None
+    rows = {row["contender"]: row for row in measure_case(case, CPU, Effort(0.0, 3, 3), None, 1)[0]}
+    ours, clocks = rows["fastcache"], {name: row["timing"] for name, row in rows.items()}
+    naive, own, alone = clocks["naive"], clocks["fastcache"], clocks["MLP alone"]
+    assert ours["vs_naive"] == naive["median_us"] / own["median_us"]
+    assert ours["cpu_vs_naive"] == naive["cpu_us"] / own["cpu_us"]
+    assert ours["gbps"] == pytest.approx(case.min_bytes / (own["median_us"] * 1e-6) / 1e9)
+    assert ours["beside_us"] == own["median_us"] - alone["median_us"] and "vs_naive" not in rows["MLP alone"]
 
 
 def test_every_sample_gets_the_next_buffer_and_both_clocks() -> None:
@@ -208,7 +183,7 @@ def test_every_sample_gets_the_next_buffer_and_both_clocks() -> None:
         name: [lambda name=name, buffer=buffer: seen.append(buffer) for buffer in range(3)] for name in "ab"
     }
     measure(contenders, Effort(0.0, 4, 4), CPU)
-    assert seen == [turn % 3 for turn in range(2 * (4 + 1))]
+    assert seen == [turn % 3 for turn in range(2 * (4 + 1))]  # one round to warm up
     asleep = measure({"sleeper": [lambda: time.sleep(0.01)]}, ONCE, CPU)["sleeper"]
     assert asleep.median_us > 9e3 and asleep.cpu_us < 1e3
     timing = Timing.of([Sample(sample * 1e-6, 3e-6) for sample in range(1, 12)])
@@ -216,14 +191,8 @@ def test_every_sample_gets_the_next_buffer_and_both_clocks() -> None:
 
 
 def row(**changes: object) -> dict:
-    made = {
-        "case": "made-up",
-        "contender": "fastcache",
-        "vs_naive": 2.0,
-        "cpu_vs_naive": 2.0,
-        "cache": "cold",
-    }
-    return made | {"share_of_copy": 1.0, "gbps": 10.0} | changes
+    made = {"case": "made-up", "contender": "fastcache", "vs_naive": 2.0, "cpu_vs_naive": 2.0}
+    return made | {"cache": "cold", "share_of_copy": 1.0, "gbps": 10.0} | changes
 
 
 def test_case_ratios_that_the_clocks_disagree_about_or_no_memory_explains_get_a_note() -> None:
@@ -235,24 +204,19 @@ def test_case_ratios_that_the_clocks_disagree_about_or_no_memory_explains_get_a_
 
 
 def test_speedups_beyond_ideal_are_explained_by_a_step_or_are_noise() -> None:
-    def kind(ms: float, flops: float, operators: int) -> dict:
-        return {"kind": "reuse", "timing": {"median_us": 1e3 * ms}, "floors": {"arithmetic": flops},
-                "operators": operators}  # fmt: skip
+    def method(speedup: float, cpu: float, of_uncached: float, **kind: object) -> list[dict]:
+        kind = {"kind": "reuse", "of_uncached": of_uncached, "of_flops": 0.1, "operators": 20} | kind
+        made = {"model": "M", "method": "A", "way": "w", "speedup": speedup, "cpu_speedup": cpu, "ideal": 2.0}
+        return [host, made | {"quotient": speedup / 2.0, "kinds": [kind]}]
 
-    def method(name: str, speedup: float, cpu: float, kinds: list) -> dict:
-        return {"model": "M", "method": name, "way": "w", "speedup": speedup, "cpu_speedup": cpu,
-                "ideal": 2.0,                "quotient": speedup / 2.0, "kinds": kinds}  # fmt: skip
-
-    host = method("uncached", 1.0, 1.0, [kind(10.0, 10.0, 100)])
-    assert method_notes([host, method("A", 2.2, 2.2, [kind(0.5, 1.0, 20)])]) == []
-    [line] = method_notes([host, method("A", 2.6, 2.6, [kind(0.5, 1.0, 20)])])
-    assert (
-        "1.30 of ideal (1.30 by CPU time): a reuse step takes 5% of an uncached one and 10% of its FLOPs"
-        in line
-    )
-    assert "100 operators of an uncached step are 20" in line
-    assert "noise: no kind" in method_notes([host, method("A", 2.6, 2.6, [kind(1.5, 1.0, 20)])])[0]
-    assert "noise: 2.60 by wall" in method_notes([host, method("A", 2.6, 2.0, [kind(0.5, 1.0, 20)])])[0]
+    host = {"model": "M", "method": "uncached", "way": "host", "speedup": 1.0, "cpu_speedup": 1.0}
+    host |= {"quotient": 1.0, "kinds": [{"operators": 100}]}
+    assert method_notes(method(2.2, 2.2, 0.05)) == []
+    [line] = method_notes(method(2.6, 2.6, 0.05))
+    beyond = "1.30 of ideal (1.30 by CPU time): a reuse step takes 5% of an uncached one and 10% of its FLOPs"
+    assert beyond in line and "100 operators of an uncached step are 20" in line
+    assert "noise: no kind" in method_notes(method(2.6, 2.6, 0.15))[0]
+    assert "noise: 2.60 by wall" in method_notes(method(2.6, 2.0, 0.05))[0]
 
 
 @pytest.mark.slow
@@ -261,35 +225,24 @@ def test_a_quick_run_writes_numbers_tables_and_picture(tmp_path, capsys) -> None
     report = json.loads((tmp_path / "bench.json").read_text())
     where = report["machine"]["environment"]
     assert all(where[key] for key in ("processor", "threads", "torch", "fastcache", "backend"))
-    assert report["machine"]["date"] and report["machine"]["fastcache_cpu_capability"]
-    assert len(report["forms"]) == len(described.cases((TINY,))) * 4
-    for part in ("forms", "operators", "choices", "blocks"):
-        assert report[part] and all(row["bytes"] and row["timing"]["cpu_us"] for row in report[part])
-        assert all(row["share_of_copy"] == row["gbps"] / report["copy_gbps"] for row in report[part])
-    assert {row["mode"] for row in report["dispatch"]} == {"grad", "no_grad", "inference_mode"}
-    assert {row["method"] for row in report["session"]} == {"uncached", "FORA"}
-    assert {row["method"] for row in report["methods"]} == {
-        "uncached",
-        "ToCa",
-        "DuCa",
-        "TaylorSeer",
-        "SmoothCache",
-    }
-    assert report["flagship"]["rows"] and all(row["threads"] == 1 for row in report["flagship"]["rows"])
+    parts = {part: [row for row in report["rows"] if row["part"] == part] for part in PARTS}
+    assert len(parts["forms"]) == len(described.cases((TINY,))) * 4
+    for part in ("forms", "operators", "tokens"):
+        assert parts[part] and all(row["bytes"] and row["timing"]["cpu_us"] for row in parts[part])
+        assert all(row["share_of_copy"] == row["gbps"] / report["copy_gbps"] for row in parts[part])
+    assert {row["method"] for row in report["methods"] if row["part"] == "session"} == {"uncached", "FORA"}
+    methods = {row["method"] for row in report["methods"] if row["part"] == "methods"}
+    assert methods == {"uncached", "ToCa", "DuCa", "TaylorSeer", "SmoothCache"}
+    assert parts["flagship"] and all(row["threads"] == 1 for row in parts["flagship"])
     text = (tmp_path / "bench.md").read_text()
-    headings = ["Flagship", "Operators: ", "Lost", "Operators on tokens", "Dispatch", "Choice of tokens"]
-    headings += [f"Partial block, {work}" for work in ("stream", "block")]
-    headings += [
-        f"{part}, {what}" for part in ("Session: FORA", "Methods") for what in ("generations", "steps")
-    ]
+    headings = ["Bandwidth", "Flagship", "Operators: ", "Lost", "dispatch", "choice", "stream", "block"]
+    headings += [f"{part}: {what}" for part in ("Session", "Methods") for what in ("generations", "steps")]
     assert all(f"## {heading}" in text for heading in headings) and str(tmp_path) not in text
-    assert "limited by" in text and "waits for its weights" in text and "measured / ideal" in text
+    assert "measured / ideal" in text and "beside the MLP us" in text
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_part_can_be_run_alone(tmp_path, capsys) -> None:
     main(["--quick", "--only", "dispatch", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert report["dispatch"] and not any(
-        report[part] for part in {*PARTS, "blocks"} - {"dispatch", "tokens"}
-    )
+    assert {row["part"] for row in report["rows"]} == {"dispatch"} and report["methods"] == []

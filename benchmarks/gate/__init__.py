@@ -1,2 +1,1 @@
-"""The GPU gate: builds, tests and measures on a machine with a GPU, in one call. Started by
-benchmarks/gpu_gate.sh."""
+"""The GPU gate, started by benchmarks/gpu_gate.sh: builds, tests and measures on a machine with a GPU."""

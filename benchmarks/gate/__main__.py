@@ -13,16 +13,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gate.prerequisites import facts, missing_packages
-from benchmarks.gate.stage import Results, now
+from benchmarks.gate.prerequisites import REQUIRED, facts, missing
+from benchmarks.gate.stage import Stage, begin, now
 
-STAGES = {
-    "build": 120,
-    "tests": 100,
-    "sanitizer": 55,
-    "kernels": 150,
-    "end_to_end": 105,
-}  # seconds; 530 in all
+# seconds; 530 in all
+STAGES = {"build": 120, "tests": 100, "sanitizer": 55, "kernels": 150, "end_to_end": 105}  # fmt: skip
 GRACE = 8  # seconds between the end of a stage's own budget and its being stopped
 say = partial(print, flush=True)
 
@@ -55,44 +50,43 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 if every stage that was asked for is done, 1 otherwise."""
     options = parsed(arguments)
-    missing = missing_packages()
-    if missing:
-        wanted = "; ".join(f"{name} ({why})" for name, why in missing.items())
-        fix = f"Fix: pip install {' '.join(missing)}, or name another interpreter with PYTHON="
+    if lacking := missing(REQUIRED):
+        wanted = "; ".join(f"{name} (needed by {why})" for name, why in lacking.items())
+        fix = f"Fix: pip install {' '.join(lacking)}, or name another interpreter with PYTHON="
         sys.exit(f"gpu_gate: missing packages: {wanted}. {fix}")
     found = facts()
     if not options.dry_run and not found["gpus"]:
         sys.exit("gpu_gate: nvidia-smi finds no GPU here. Use --dry-run to check everything but the GPU")
-    Results.new(options.out, dry_run=options.dry_run, machine=found)
+    begin(options.out, dry_run=options.dry_run, machine=found)
     dry = " (dry run)" if options.dry_run else ""
     say(f"gpu_gate{dry}: {', '.join(options.stages)} -> {options.out.name}")
     for name, why in found["absent"].items():
         say(f"  absent: {name} ({why})")
-    for name in options.stages:
-        run_stage(name, options.budgets[name], options.dry_run, options.out)
-    stages = Results(options.out).content["stages"]
-    say("gpu_gate: " + ", ".join(f"{name} {stages[name]['status']}" for name in options.stages))
-    return int(any(stages[name]["status"] != "done" for name in options.stages))
+    statuses = {name: run_stage(name, options.budgets[name], options) for name in options.stages}
+    say("gpu_gate: " + ", ".join(f"{name} {status}" for name, status in statuses.items()))
+    return int(set(statuses.values()) != {"done"})
 
 
-def run_stage(name: str, seconds: int, dry_run: bool, out: Path) -> None:
-    """One stage in a process of its own; whatever becomes of it is in the file."""
+def run_stage(name: str, seconds: int, options: argparse.Namespace) -> str:
+    """One stage in a process of its own; whatever becomes of it is in the file. Gives its status."""
+    out, dry_run = options.out, options.dry_run
     say(f"== {name} ({seconds} s at most)")
-    Results(out).put(name, status="running", begun=now(), budget_s=seconds)
+    Stage(name, out).put(status="running", begun=now(), budget_s=seconds)
     begun = time.monotonic()
     command = [sys.executable, "-m", f"benchmarks.gate.{name}", "--out", str(out), "--seconds", str(seconds)]
     command += ["--dry-run"] if dry_run else []
     code = stopped_after(command, None if dry_run else seconds + GRACE)
-    results = Results(out)
-    results.put(name, wall_s=round(time.monotonic() - begun, 1))
+    stage = Stage(name, out)
+    stage.put(wall_s=round(time.monotonic() - begun, 1))
     kept = "what it had found is here"
     if code is None:
-        results.put(name, status="stopped", reason=f"stopped after {seconds + GRACE} s; {kept}")
-    elif results.stage(name)["status"] == "running":
+        stage.put(status="stopped", reason=f"stopped after {seconds + GRACE} s; {kept}")
+    elif stage.found["status"] == "running":
         reason = f"its process ended with status {code} (negative: a signal); {kept}"
-        results.put(name, status="failed", reason=reason)
-    stage = results.stage(name)
-    say(f"== {name}: {stage['status']} after {stage['wall_s']} s. {stage.get('reason', '')}")
+        stage.put(status="failed", reason=reason)
+    found = stage.found
+    say(f"== {name}: {found['status']} after {found['wall_s']} s. {found.get('reason', '')}")
+    return found["status"]
 
 
 def stopped_after(command: list[str], seconds: int | None) -> int | None:
@@ -100,13 +94,12 @@ def stopped_after(command: list[str], seconds: int | None) -> int | None:
     process = subprocess.Popen(command, start_new_session=True)
     try:
         return process.wait(seconds)
-    except subprocess.TimeoutExpired:
+    except BaseException as reason:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if not isinstance(reason, subprocess.TimeoutExpired):
+            raise
         return None
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
 
 
 if __name__ == "__main__":

@@ -8,36 +8,23 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.gate.stage import Failed
+from fastcache.workshop.environment import processor_name
 
-REQUIRED = {
-    "torch": "nothing runs without it",
-    "numpy": "torch and fastcache need it",
-    "pytest": "the stages tests and sanitizer need it",
-}
-OPTIONAL = {
-    "triton": "the Triton kernels and torch.compile",
-    "pybind11": "build facts for `fastcache doctor`",
-    "ninja": "a parallel build",
-    "xdist": "tests in several processes",
-    "matplotlib": "the picture of `make report`",
-}
+REQUIRED = {"torch": "everything", "numpy": "torch and fastcache", "pytest": "tests and sanitizer"}
+OPTIONAL = {"triton": "Triton kernels and torch.compile", "xdist": "tests in several processes"}
 FIXES = {
-    "cmake": "pip install cmake ninja (or bring their wheels)",
+    "cmake": "pip install cmake ninja",
     "nvcc": "install the CUDA toolkit, or put its bin folder into PATH",
     "compute-sanitizer": "it comes with the CUDA toolkit",
     "nvidia-smi": "it comes with the driver",
 }
-VERSIONS = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pybind11", "setuptools")
 
 
 @dataclass(frozen=True)
 class Tool:
     """A program: where it is ("" if absent), and what to do without it."""
 
-    name: str
     path: str
     fix: str
 
@@ -47,20 +34,12 @@ def tool(name: str) -> Tool:
     homes = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [sysconfig.get_path("scripts"), None, *(os.path.join(home, "bin") for home in homes if home)]
     found = next((path for path in (shutil.which(name, path=place) for place in places) if path), "")
-    return Tool(name, found, FIXES.get(name, f"install {name}"))
+    return Tool(found, FIXES[name])
 
 
-def needed(name: str, without: str) -> str:
-    """Where a program is. Raises Failed that says what happens without it."""
-    found = tool(name)
-    if not found.path:
-        raise Failed(f"{name} was not found, so {without}. Fix: {found.fix}")
-    return found.path
-
-
-def missing_packages() -> dict[str, str]:
-    """Required packages that cannot be imported: {name: what needs it}."""
-    return {name: why for name, why in REQUIRED.items() if importlib.util.find_spec(name) is None}
+def missing(packages: dict[str, str]) -> dict[str, str]:
+    """Those that cannot be imported, with what needs them."""
+    return {name: why for name, why in packages.items() if importlib.util.find_spec(name) is None}
 
 
 def compute_capabilities() -> list[str]:
@@ -84,24 +63,15 @@ def clocks() -> str | None:
     return next(iter(query("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")), None)
 
 
-def version(package: str) -> str:
-    """Version of an installed distribution, "" if it is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def facts() -> dict[str, object]:
     """What the results say of the machine; no paths, no names of hosts."""
-    packages, cpu = REQUIRED | OPTIONAL, Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    installed = [name for name in (*REQUIRED, "triton") if not missing({name: ""})]
     return {
         "gpus": query("name", "driver_version", "memory.total"),
         "compute_capabilities": compute_capabilities(),
-        "processor": names[0] if names else "",
+        "processor": processor_name(),
         "processors": os.cpu_count(),
-        "versions": {name: version(name) for name in VERSIONS},
-        "tools": {name: bool(tool(name).path) for name in (*FIXES, "ninja")},
-        "absent": {name: why for name, why in packages.items() if importlib.util.find_spec(name) is None},
+        "versions": {name: importlib.metadata.version(name) for name in installed},
+        "tools": {name: bool(tool(name).path) for name in FIXES},
+        "absent": missing(OPTIONAL),
     }

@@ -1,6 +1,7 @@
 """The frame of a stage: its options, its deadline, and one JSON for the whole run.
 
-The file is replaced as a whole after every case, so that what is there is always complete.
+The file is {"format", "dry_run", "machine", "begun", "stages": {name: {"status", "reason", ...}}}. It is
+replaced as a whole after every case, so that what is there is always complete.
 """
 
 import argparse
@@ -9,12 +10,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -22,37 +22,38 @@ class Failed(Exception):
     """A stage cannot do its work; the message says why and what would help."""
 
 
-class Results:
-    """The file of a run: {"format", "dry_run", "machine", "stages": {name: {"status", "reason", ...}}}."""
+class Stage:
+    """A stage's part of the file. deadline: of time.monotonic(), after which no further case is begun."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        empty = {"format": FORMAT, "dry_run": False, "machine": {}, "stages": {}}
-        self.content = json.loads(path.read_text()) if path.exists() else empty
+    def __init__(self, name: str, path: Path, *, dry_run: bool = False, deadline: float = 0.0) -> None:
+        self.name, self.path, self.dry_run, self.deadline = name, path, dry_run, deadline
+        self._content = json.loads(path.read_text())
+        self.found = self._content["stages"].setdefault(name, {})
 
-    @classmethod
-    def new(cls, path: Path, *, dry_run: bool, machine: Mapping[str, object]) -> "Results":
-        """Begin a run; a file of an earlier one is replaced."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        results = cls(path)
-        results.content |= {"dry_run": dry_run, "machine": dict(machine), "begun": now()}
-        write_json(path, results.content)
-        return results
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; beyond any in a dry run."""
+        return float("inf") if self.dry_run else self.deadline - time.monotonic()
 
-    def stage(self, name: str) -> dict:
-        """What a stage has found so far."""
-        return self.content["stages"].setdefault(name, {})
+    def put(self, **found: object) -> None:
+        """Set fields."""
+        self.found.update(found)
+        write_json(self.path, self._content)
 
-    def put(self, name: str, **found: object) -> None:
-        """Set fields of a stage."""
-        self.stage(name).update(found)
-        write_json(self.path, self.content)
+    def add(self, field: str, *found: object) -> None:
+        """Append to a list."""
+        self.put(**{field: [*self.found.get(field, []), *found]})
 
-    def add(self, name: str, field: str, *found: object) -> None:
-        """Append to a list of a stage."""
-        self.stage(name).setdefault(field, []).extend(found)
-        write_json(self.path, self.content)
+    def say(self, text: str) -> None:
+        """Progress, for whoever waits."""
+        print(f"  {text}", flush=True)
+
+
+def begin(path: Path, *, dry_run: bool, machine: dict) -> None:
+    """Begin a run; a file of an earlier one is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "dry_run": dry_run, "machine": machine, "begun": now(), "stages": {}}
+    write_json(path, content)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -67,38 +68,6 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A running stage. deadline: reading of time.monotonic() after which no further case is begun."""
-
-    name: str
-    results: Results
-    dry_run: bool
-    deadline: float
-
-    @property
-    def seconds_left(self) -> float:
-        """Until the deadline; beyond any in a dry run."""
-        return float("inf") if self.dry_run else self.deadline - time.monotonic()
-
-    @property
-    def found(self) -> dict:
-        """This stage's part of the results."""
-        return self.results.stage(self.name)
-
-    def put(self, **found: object) -> None:
-        """Set fields of this stage's part."""
-        self.results.put(self.name, **found)
-
-    def add(self, field: str, *found: object) -> None:
-        """Append to a list of this stage's part."""
-        self.results.add(self.name, field, *found)
-
-    def say(self, text: str) -> None:
-        """Progress, for whoever waits."""
-        print(f"  {text}", flush=True)
-
-
 def run(name: str, work: Callable[[Stage], None]) -> None:
     """The command of a stage: do the work, and record `done`, or `failed` with the reason."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.gate.{name}")
@@ -106,17 +75,15 @@ def run(name: str, work: Callable[[Stage], None]) -> None:
     parser.add_argument("--seconds", type=int, required=True)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    stage = Stage(name, Results(options.out), options.dry_run, time.monotonic() + options.seconds)
+    stage = Stage(name, options.out, dry_run=options.dry_run, deadline=time.monotonic() + options.seconds)
     stage.put(status="running")
     try:
         work(stage)
-    except Failed as reason:
-        stage.put(status="failed", reason=str(reason))
-        stage.say(str(reason))
-        sys.exit(1)
     except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or ["no message"]
-        stage.put(status="failed", reason=f"{type(error).__name__}: {lines[0]}")
+        if isinstance(error, Failed):
+            stage.put(status="failed", reason=str(error))
+        else:
+            traceback.print_exc()
+            stage.put(status="failed", reason=traceback.format_exception_only(error)[-1].strip())
         sys.exit(1)
     stage.put(status="done")
