@@ -71,7 +71,8 @@ class L2C(Policy):
         return cls(PublishedSchedule.read(Path(path)))
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
-        if positive_steps(num_steps) % 2:
+        num_steps = positive_steps(num_steps)
+        if num_steps % 2:
             raise ScheduleError(f"num_steps: L2C pairs steps, expected an even number, got {num_steps}")
         rows = self.published.rows(layout, num_steps)
         absent = [

@@ -36,6 +36,7 @@ class TaylorSeer(Policy):
         return [k for k in range(positive_steps(num_steps)) if k <= last or (k - last) % self.interval == 0]
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
+        num_steps = positive_steps(num_steps)
         full = set(self.full_steps(num_steps))
         steps: list[StepPlan] = []
         seen = 0

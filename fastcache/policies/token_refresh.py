@@ -88,10 +88,10 @@ class TokenRefresh(Policy):
         return rules
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
-        rules = self.rules(layout)
+        rules, num_steps = self.rules(layout), positive_steps(num_steps)
         steps = tuple(
             self._plan(rules, layout, k, num_steps, step)
-            for k, step in enumerate(self._steps(rules, positive_steps(num_steps)))
+            for k, step in enumerate(self._steps(rules, num_steps))
         )
         return Schedule(layout, steps, type(self).__name__, self.fields(), self._selection(rules))
 
