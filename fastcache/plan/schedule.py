@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from fastcache.errors import ScheduleError
+from fastcache.files.json_text import parse_json
+from fastcache.files.whole import write_text_whole
 from fastcache.plan.actions import Action, Kind
 from fastcache.plan.drawing import draw_schedules
 from fastcache.plan.editing import union_of_steps, with_branch_replaced
@@ -118,10 +120,14 @@ class Schedule:
     @staticmethod
     def from_json(text: str) -> "Schedule":
         """Read `to_json`'s form. Raises ScheduleError naming the entry that does not fit."""
+        return Schedule._from_parsed(text, "schedule")
+
+    @staticmethod
+    def _from_parsed(text: str | bytes, where: str) -> "Schedule":
         try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ScheduleError(f"schedule: not JSON: {error}") from None
+            found = parse_json(text, where)
+        except ValueError as error:
+            raise ScheduleError(str(error)) from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ScheduleError(
                 f"format: expected {FORMAT!r}, got"
@@ -132,18 +138,18 @@ class Schedule:
             layout = Layout(**{**shape, "branches": tuple(Branch(*entry) for entry in shape["branches"])})
             steps = tuple(_step_from_text(layout, index, line) for index, line in enumerate(found["steps"]))
             selection = None if found.get("selection") is None else Selection(**found["selection"])
-        except (KeyError, TypeError) as error:
-            raise ScheduleError(f"schedule: missing or malformed entry: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ScheduleError(f"{where}: missing or malformed entry: {error}") from None
         return Schedule(layout, steps, found.get("policy", ""), found.get("fields", {}), selection)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json())
+        """Write `to_json` to a file, whole or not at all."""
+        write_text_whole(path, self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> "Schedule":
         """Read a file that `save` wrote."""
-        return Schedule.from_json(Path(path).read_text())
+        return Schedule._from_parsed(Path(path).read_bytes(), f"schedule: {path}")
 
     def to_smoothcache(self) -> dict[str, list[int]]:
         """SmoothCache's published form (see fastcache.plan.published): {"attn": [1, 0, ...]}, 1 = compute."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastcache.engine.record import StepKindSummary
 from fastcache.extras import needs_extra
+from fastcache.files.whole import require_writable_folder, write_text_whole
 from fastcache.models import DiT
 from fastcache.plan.drawing import draw_schedules
 from fastcache.policies import FORA
@@ -76,11 +77,11 @@ def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> Dem
     """A picture of each class under every setting, `rounds` times; grid.png, steps.png, tokens.png and
     report.json in `out`.
     """
+    require_writable_folder(out)
     model, classifier = load_glyph_dit(), load_classifier()
     found = _measure(model, rounds, sampler)
     rows = [_row(setting, found, classifier) for setting in SETTINGS]
     report = DemoReport(environment(), sampler, len(PICTURES), rounds, rows)
-    out.mkdir(parents=True, exist_ok=True)
     draw_grid(
         [GridRow(row.setting, _captions(row), to_pixels(found[row.setting].pictures)) for row in rows],
         out / "grid.png",
@@ -94,7 +95,7 @@ def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> Dem
         {name: record_tokens(model, policy, sampler, TOKEN_PICTURES) for name, policy in refreshing.items()},
         out / "tokens.png",
     )
-    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    write_text_whole(out / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 

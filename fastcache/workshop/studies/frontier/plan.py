@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastcache.calibration.scan import ErrorCurves
+from fastcache.files.digest import digest_of_file
+from fastcache.files.whole import remove_leftovers, require_writable_folder
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.plan.schedule import Schedule
@@ -24,7 +26,7 @@ from fastcache.workshop.studies.frontier.grid import (
     FrontierSetting,
     chosen,
 )
-from fastcache.workshop.studies.frontier.results import Store, digest_of_file, fingerprint_of
+from fastcache.workshop.studies.frontier.results import Store, fingerprint_of
 
 TRIAL_STEPS = 4
 
@@ -96,6 +98,9 @@ def plan_frontier(
     of reach.
     """
     wanted = chosen(options.grid, only)
+    require_writable_folder(out / "results")
+    for folder in (out, out / "results"):
+        remove_leftovers(folder)
     model, sampler, store = load_glyph_dit(), options.sampler, Store(out / "results")
     base = {
         "environment": asdict(environment()),
