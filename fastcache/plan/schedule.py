@@ -37,8 +37,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ScheduleError("steps: a schedule needs at least one step")
-        for index, step in enumerate(self.steps):
+        for step in self.distinct:
             if step.layout is not self.layout and step.layout != self.layout:
+                index = next(index for index, other in enumerate(self.steps) if other is step)
                 raise ScheduleError(f"steps[{index}]: was made for another layout")
         if self.refreshed and self.selection is None:
             raise ScheduleError(
@@ -51,21 +52,26 @@ class Schedule:
         return len(self.steps)
 
     @cached_property
+    def distinct(self) -> tuple[StepPlan, ...]:
+        """The step objects, each once: policies share one among steps that do the same."""
+        return tuple({id(step): step for step in self.steps}.values())
+
+    @cached_property
     def uncached(self) -> bool:
         """True if every step computes every branch: nothing is ever reused."""
-        return all(step.kind == "full" for step in self.steps)
+        return all(step.kind == "full" for step in self.distinct)
 
     @cached_property
     def skips(self) -> bool:
         """True if some step skips the trunk."""
-        return any(step.skip for step in self.steps)
+        return any(step.skip for step in self.distinct)
 
     @cached_property
     def refreshed(self) -> frozenset[int]:
         """Branches (indices in the plan) that some step refreshes."""
         return frozenset(
             index
-            for step in self.steps
+            for step in self.distinct
             for index, action in enumerate(step.actions)
             if action.kind is Kind.REFRESH
         )
@@ -73,7 +79,7 @@ class Schedule:
     @cached_property
     def history(self) -> int:
         """Features that must be kept per branch: one, or as many as the highest order needs."""
-        return 1 + max((action.order or 0 for step in self.steps for action in step.actions), default=0)
+        return 1 + max((action.order or 0 for step in self.distinct for action in step.actions), default=0)
 
     def kinds(self) -> dict[str, int]:
         """Number of steps of each kind."""

@@ -36,9 +36,8 @@ class FORA(Policy):
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
         num_steps = positive_steps(num_steps)
         full = set(self.full_steps(num_steps))
-        steps = tuple(
-            full_step(layout) if k in full else uniform_step(layout, REUSE) for k in range(num_steps)
-        )
+        computed, reused = full_step(layout), uniform_step(layout, REUSE)
+        steps = tuple(computed if k in full else reused for k in range(num_steps))
         return Schedule(layout, steps, "FORA", self.fields())
 
     def reference_flops(self, num_steps: int, layout: Layout, batch: int) -> int:
