@@ -13,7 +13,7 @@ ROOT = Path(fastcache.__file__).parent
 ORDER = (
     "errors", "version", "extras", "files", "kernels", "backends", "ops", "plan", "stream", "policies",
     "hosts", "engine", "calibration", "compat", "models", "workshop", "schedule", "glyphs", "cli",
-    "__init__", "__main__",
+    "public", "__init__", "__main__",
 )  # fmt: skip
 
 
