@@ -14,7 +14,7 @@ from fastcache.models import DiT
 from fastcache.models.checkpoint import read_checkpoint
 from fastcache.workshop.glyphs.classifier import augment, held_out_accuracy, read
 from fastcache.workshop.glyphs.train import CONFIG, Run, learning_rate, loss_of, train_step, write_average
-from fastcache.workshop.sampling import Diffusion, make_scheduler
+from fastcache.workshop.schedulers import Diffusion, make_scheduler
 
 REPOSITORY = Path(__file__).parents[1]
 

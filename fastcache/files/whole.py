@@ -50,7 +50,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         place = next(place for place in (folder, *folder.parents) if place.exists() and not place.is_dir())
-        raise NotADirectoryError(f"{folder}: {place} is a file, expected a folder") from error
+        where = "it" if place == folder else str(place)
+        raise NotADirectoryError(f"{folder}: {where} is a file, expected a folder") from error
     except OSError as error:
         raise type(error)(error.errno, f"{folder}: cannot be made: {reason_of(error)}") from error
 

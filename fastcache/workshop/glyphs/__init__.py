@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastcache.extras import needs_extra
 from fastcache.models import DiT
-from fastcache.workshop.sampling import Diffusion
+from fastcache.workshop.schedulers import Diffusion
 
 if TYPE_CHECKING:
     from fastcache.workshop.glyphs.classifier import GlyphClassifier

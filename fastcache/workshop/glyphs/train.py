@@ -21,7 +21,7 @@ from fastcache.files.whole import require_writable, write_whole
 from fastcache.models import DiT, DiTConfig
 from fastcache.models.checkpoint import Checkpoint, write_checkpoint
 from fastcache.workshop.glyphs import DIFFUSION, dataset
-from fastcache.workshop.sampling import make_scheduler
+from fastcache.workshop.schedulers import make_scheduler
 
 CONFIG = DiTConfig(
     input_size=dataset.SIZE,

@@ -24,6 +24,7 @@ class Pictures:
 
     pictures: np.ndarray  # [n, 32, 32, 3] uint8
     seconds: float  # to sample them all
+    kept: bool  # by an earlier run
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class QualityReport:
     floor: float
     real_accuracy: float
     rows: list[QualityRow]
+    finished_before: bool  # no picture was left to sample
 
 
 def run_quality(
@@ -75,6 +77,7 @@ def run_quality(
         floor=frechet_distance(real[0], others[0]),
         real_accuracy=accuracy(real[1], halves[0][1]),
         rows=[_row(setting, made, classifier, real[0]) for setting in SETTINGS],
+        finished_before=all(pictures.kept for pictures in made.values()),
     )
     write_text_whole(out / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     return report
@@ -92,9 +95,9 @@ def _pictures_of(setting: Setting, out: Path, per_class: int, sampler: Sampler) 
             set_aside(path, error)
         else:
             if str(kept["made_by"]) == made_by:
-                return Pictures(kept["pictures"], float(kept["seconds"]))
-    samples = sampler.run(load_glyph_dit(), range(count), setting.policy, progress=True)
-    made = Pictures(dataset.to_pixels(samples.pictures), sum(samples.batch_seconds))
+                return Pictures(kept["pictures"], float(kept["seconds"]), kept=True)
+    samples = sampler.run(load_glyph_dit(), range(count), setting.policy, progress=True, title=setting.name)
+    made = Pictures(dataset.to_pixels(samples.pictures), sum(samples.batch_seconds), kept=False)
     kept = {"pictures": made.pictures, "seconds": np.array(made.seconds), "made_by": np.array(made_by)}
     write_arrays(path, kept)
     return made

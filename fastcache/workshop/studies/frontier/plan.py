@@ -84,6 +84,11 @@ class FrontierPlan:
     uncached_seconds_per_picture: float  # of a short trial
 
     @property
+    def left(self) -> list[Planned]:
+        """What is to be measured still."""
+        return [planned for planned in self.measured if planned.state != "there"]
+
+    @property
     def seconds(self) -> float:
         """The estimate for all that is left."""
         return sum(planned.seconds for planned in self.measured)
