@@ -20,6 +20,8 @@ from fastcache.files.whole import (
     write_whole,
 )
 
+PNG_END = b"IEND\xaeB`\x82"
+
 
 @dataclass(frozen=True)
 class PictureFolder:
@@ -104,6 +106,8 @@ def _opens(path: Path, size: tuple[int, int] | None) -> bool:
     from PIL import Image
 
     try:
+        if not path.read_bytes().endswith(PNG_END):  # which Pillow does not ask for
+            return False
         with Image.open(path, formats=("PNG",)) as picture:
             picture.load()
             return size is None or picture.size == size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import BadParameter, Option
 
-from fastcache.cli.errors import refusal
+from fastcache.cli.errors import naming, refusal
 from fastcache.cli.model_options import (
     LAST_STEP,
     MOST_PICTURES,
@@ -26,6 +26,7 @@ from fastcache.cli.model_options import (
     numbers_in,
 )
 from fastcache.cli.policy_options import PolicyFields, PolicyName, plan_of, policy_from
+from fastcache.files.whole import require_writable_folder
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,8 @@ def sample(
     """Sample pictures from a DiT, cached by a policy or not, into a folder. Resumes."""
     check_sampler(scheduler, guidance)
     chosen, place, precision = policy_from(policy, fields), device_from(device), dtype_from(dtype)
+    with naming("--out"):
+        require_writable_folder(out)
 
     from rich.console import Console
 

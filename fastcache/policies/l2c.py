@@ -153,6 +153,8 @@ def _read(path: Path) -> dict[int, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):  # no name of a class or function: not a file of this kind at all
+            raise ValueError(f"router: {path} is no .pt file, or is damaged; get it again") from error
         raise ValueError(f"router: {path} holds more than tensors; save {CONTAINERS}") from error
     except Exception as error:  # a cut or garbled archive ends in errors of every kind
         raise ValueError(f"router: {path} is no .pt file, or is cut or damaged; get it again") from error
