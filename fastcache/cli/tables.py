@@ -29,10 +29,11 @@ def plain_table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
+        collapse_padding=True,
     )
     for index, heading in enumerate(columns):
         if index == 0 or heading in text:
             table.add_column(heading, overflow="fold", no_wrap=heading in whole)
         else:
-            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+            table.add_column("\n".join(heading.rsplit(" ", 1)), justify="right", no_wrap=True)
     return table
