@@ -92,7 +92,7 @@ def test_weights_are_looked_for_in_the_folder_that_the_environment_names(monkeyp
     monkeypatch.setenv("FASTCACHE_WEIGHTS", str(tmp_path))
     with pytest.raises(
         FileNotFoundError,
-        match="clone it and set FASTCACHE_WEIGHTS .* python -m fastcache.workshop.glyphs.train",
+        match="set FASTCACHE_WEIGHTS to the folder .* python -m fastcache.workshop.glyphs.train",
     ):
         load_glyph_dit()
 
