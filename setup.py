@@ -26,6 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SKIPPED = "skipped.txt"  # beside the libraries: why there are none; fastcache/backends/library.py reads it
 
 
 class CMakeBuild(build_ext):
@@ -37,6 +38,11 @@ class CMakeBuild(build_ext):
         require_torch()
         if not in_tree:
             shutil.rmtree(package / "lib", ignore_errors=True)  # of an earlier wheel: perhaps no longer built
+        record = package / "lib" / SKIPPED
+        record.unlink(missing_ok=True)
+        if not compilers():
+            skip(record)
+            return
         cmake = tool("cmake")
         if cmake is None:
             sys.exit("fastcache: cmake was not found. Fix: pip install cmake ninja")
@@ -66,6 +72,26 @@ class CMakeBuild(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def compilers() -> list[str]:
+    """The C++ compilers that CMake would look for, as far as they are there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return [name for name in names if shutil.which(shlex.split(name)[0])]
+
+
+def skip(record: Path) -> None:
+    """Without a compiler the package works on eager PyTorch (and Triton); `fastcache doctor` says so."""
+    if os.environ.get("FASTCACHE_CUDA") == "1":
+        sys.exit("fastcache: FASTCACHE_CUDA=1, but no C++ compiler was found. Fix: install g++ or clang++")
+    looked_for = os.environ.get("CXX") or "c++, g++ and clang++"
+    reason = (
+        "skipped: no C++ compiler was found when the package was installed (looked for"
+        f" {looked_for}). Install one, such as g++, and install the package again"
+    )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(reason + "\n")
+    print(f"fastcache: compiled kernels {reason}", flush=True)
 
 
 def definitions(package: Path, version: str) -> list[str]:
@@ -119,14 +145,26 @@ def require_setuptools() -> None:
         )
 
 
+def is_isolated() -> bool:
+    """True in the temporary environment that pip and others make for a build."""
+    marks = ("pip-build-env", "build-env-", "uv/builds", "pip-isolated")
+    return any(mark in entry for entry in sys.path for mark in marks)
+
+
 def require_torch() -> None:
-    if importlib.util.find_spec("torch") is None:
+    if importlib.util.find_spec("torch") is not None:
+        return
+    if is_isolated():
         sys.exit(
-            f"fastcache: torch is not installed in the build environment ({sys.prefix}); its headers are"
-            " needed.\nFix: install torch>=2.10 for your device first (https://pytorch.org/get-started),"
-            " then\n    pip install cmake ninja pybind11 'setuptools>=77' wheel\n    pip install"
-            " --no-build-isolation ."
+            "fastcache: pip builds in an isolated environment, in which the torch that you have is not; its"
+            " headers are needed.\nFix: pip install --no-build-isolation ."
         )
+    sys.exit(
+        f"fastcache: torch is not installed in the build environment ({sys.prefix}); its headers are"
+        " needed.\nFix: install torch>=2.10 for your device first (https://pytorch.org/get-started),"
+        " then\n    pip install cmake ninja pybind11 'setuptools>=77' wheel\n    pip install"
+        " --no-build-isolation ."
+    )
 
 
 require_setuptools()

@@ -1,18 +1,28 @@
 """FastCache: feature caching for diffusion transformers, at the cost of its memory traffic."""
+# ruff: noqa: F405 (the names of fastcache.public)
 
-from fastcache import ops
-from fastcache.backends import BackendError, status as backends_status, use_backend
-from fastcache.calibration.calibrated import Calibration
-from fastcache.calibration.errors import calibrate
-from fastcache.engine.session import Session, accelerate
-from fastcache.errors import FastCacheError, HostError, ScheduleError, SessionError
-from fastcache.plan.actions import Action
-from fastcache.plan.schedule import Schedule
-from fastcache.plan.selection import Score, Selection
-from fastcache.plan.step import StepPlan
-from fastcache.policies import FORA, L2C, DuCa, Policy, SmoothCache, TaylorSeer, ToCa
-from fastcache.stream.residual_stream import ResidualStream
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from fastcache.version import __version__ as __version__
+
+
+def _is_command() -> bool:
+    """True in the process of `fastcache ...` and of `python -m fastcache ...`.
+
+    Its help needs no operator, and torch takes seconds to import: there, and only there, a name is imported
+    when it is asked for. Everywhere else an import registers the operators at once.
+    """
+    started = (getattr(sys, "argv", None) or [""])[0]
+    if started == "-m":  # Python is looking for the module that it was told to run
+        told = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
+        return told[:1] == ["fastcache"]
+    return started.replace("\\", "/").rpartition("/")[2] in ("fastcache", "fastcache.exe")
+
+
+if TYPE_CHECKING or not _is_command():
+    from fastcache.public import *  # noqa: F403
 
 __all__ = [
     "FORA",
@@ -41,3 +51,9 @@ __all__ = [
     "ops",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "ops" or name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("fastcache.public"), name)

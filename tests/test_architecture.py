@@ -11,9 +11,9 @@ import fastcache
 ROOT = Path(fastcache.__file__).parent
 # from the bottom up: a folder or file of the package imports from itself and from what stands before it
 ORDER = (
-    "errors", "version", "extras", "kernels", "backends", "ops", "plan", "stream", "policies", "hosts",
-    "engine", "calibration", "compat", "models", "workshop", "schedule", "glyphs", "cli", "__init__",
-    "__main__",
+    "errors", "version", "extras", "files", "kernels", "backends", "ops", "plan", "stream", "policies",
+    "hosts", "engine", "calibration", "compat", "models", "workshop", "schedule", "glyphs", "cli",
+    "public", "__init__", "__main__",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from fastcache.models import DiT
 from fastcache.models.checkpoint import read_checkpoint
 from fastcache.workshop.glyphs.classifier import augment, held_out_accuracy, read
 from fastcache.workshop.glyphs.train import CONFIG, Run, learning_rate, loss_of, train_step, write_average
-from fastcache.workshop.sampling import Diffusion, make_scheduler
+from fastcache.workshop.schedulers import Diffusion, make_scheduler
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -93,7 +93,7 @@ def test_weights_are_looked_for_in_the_folder_that_the_environment_names(monkeyp
     monkeypatch.setenv("FASTCACHE_WEIGHTS", str(tmp_path))
     with pytest.raises(
         FileNotFoundError,
-        match="clone it and set FASTCACHE_WEIGHTS .* python -m fastcache.workshop.glyphs.train",
+        match="set FASTCACHE_WEIGHTS to the folder .* python -m fastcache.workshop.glyphs.train",
     ):
         load_glyph_dit()
 

@@ -136,6 +136,10 @@ def test_hosts_still_import_from_the_root_of_the_repository(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "fastcache" / "kernels").is_symlink(),
+    reason="a source distribution holds a copy of kernels/ where the repository has a link",
+)
 def test_fastcache_kernels_is_a_namespace_package() -> None:
     succeeds("""
 import pathlib, fastcache, fastcache.kernels as kernels

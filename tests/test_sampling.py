@@ -5,7 +5,8 @@ import torch
 
 import fastcache
 from fastcache.models import DiT
-from fastcache.workshop.sampling import SCHEDULERS, Diffusion, PictureNoise, make_scheduler, sample
+from fastcache.workshop.sampling import PictureNoise, sample
+from fastcache.workshop.schedulers import SCHEDULERS, Diffusion, make_scheduler
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings(

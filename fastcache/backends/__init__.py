@@ -186,7 +186,7 @@ def _interpreted() -> bool:
 def _triton_reason() -> str:
     """Why Triton cannot run here, "" if it can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'fastcache-dit[triton]')"
+        return "triton is not installed (pip install triton)"
     if torch.cuda.is_available() or _interpreted():
         return ""
     return "PyTorch sees no GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU, for tests)"

@@ -70,13 +70,11 @@ def load(name: str) -> CompiledLibrary:
     """Load lib/libfastcache_<name>.so. Absent is a state; present and broken raises ImportError."""
     path = PACKAGE / "lib" / f"libfastcache_{name}.so"
     if not path.exists():
-        return CompiledLibrary(
-            name,
-            path,
-            False,
+        absent = (
             f"not built: {path.name} is absent; build it with `pip install --no-build-isolation .` or `make"
-            " env`",
+            " env`"
         )
+        return CompiledLibrary(name, path, False, _why_skipped() or absent)
     try:
         torch.ops.load_library(str(path))
         _refuse_stale(path)
@@ -87,6 +85,12 @@ def load(name: str) -> CompiledLibrary:
         )
         raise ImportError(message) from error
     return CompiledLibrary(name, path, True, "loaded")
+
+
+def _why_skipped() -> str:
+    """What setup.py wrote if it could not compile anything; empty if it wrote nothing."""
+    record = PACKAGE / "lib" / "skipped.txt"
+    return record.read_text().strip() if record.is_file() else ""
 
 
 def _refuse_stale(path: Path) -> None:

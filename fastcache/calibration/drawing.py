@@ -5,6 +5,7 @@ from typing import Any
 
 from fastcache.calibration.scan import ErrorCurves
 from fastcache.extras import needs_extra
+from fastcache.files.whole import write_whole
 from fastcache.plan.drawing import COLOURS
 from fastcache.plan.published import PublishedSchedule
 
@@ -35,7 +36,8 @@ def draw_calibration(
         _strip(axes[2 * index + 1], published, name)
     axes[-1].set_xlabel("step (execution order)", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    kind = Path(path).suffix[1:] or "png"
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format=kind))
 
 
 def _curves(axis: Any, curves: ErrorCurves, threshold: float, per_layer: bool, name: str) -> None:

@@ -64,7 +64,8 @@ def calibrate(
         )
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold: expected a number >= 0, got {threshold!r}")
-    if positive_steps(num_steps) < 2:
+    num_steps = positive_steps(num_steps)
+    if num_steps < 2:
         raise ValueError(f"num_steps: expected at least 2, got {num_steps}")
     for name, value in (("lookahead", lookahead), ("samples", samples)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

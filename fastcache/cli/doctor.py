@@ -1,28 +1,33 @@
 """`fastcache doctor`."""
 
 import platform
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy
-import torch
-from rich.console import Console
-from rich.table import Table
 from typer import Exit, Option
 
-from fastcache import backends
-from fastcache.backends import tuning
-from fastcache.backends.library import OPERATORS, cpu_capability
-from fastcache.ops.verify import Verdict, verify
+from fastcache.cli.tables import plain_table
 from fastcache.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastcache.ops.verify import Verdict
 
 
 def doctor(
     verify: Annotated[
-        bool, Option(help="Check every operator and backend on this machine against float64.")
+        bool, Option("--verify", help="Check every operator and backend on this machine against float64.")
     ] = False,
 ) -> None:
     """Show what was built, what runs where, and why the rest does not."""
-    console = Console()
+    import numpy
+    import torch
+    from rich.console import Console
+
+    from fastcache.backends import tuning
+
+    console = Console(highlight=False)
     console.print(
         f"fastcache {__version__}, torch {torch.__version__}, numpy {numpy.__version__}, Python"
         f" {platform.python_version()}, {platform.machine()}"
@@ -38,49 +43,67 @@ def doctor(
         raise Exit(1)
 
 
-def _libraries() -> Table:
-    table = Table(title="compiled libraries", title_justify="left")
-    for heading in ("library", "loaded", "what it is, or why not"):
-        table.add_column(heading, overflow="fold")
+def _libraries() -> "Table":
+    from fastcache import backends
+    from fastcache.backends.library import cpu_capability
+
+    table = plain_table(
+        "compiled libraries",
+        "",
+        ("library", "loaded", "what it is, or why not"),
+        text=("loaded", "what it is, or why not"),
+        whole=("library",),
+    )
     for name, library in backends.LIBRARIES.items():
         detail = (
             f"instruction set {cpu_capability(library)}"
             if name == "cpu" and library.loaded
             else library.reason
         )
-        table.add_row(library.path.name, "yes" if library.loaded else "no", detail)
+        table.add_row(library.path.stem, "yes" if library.loaded else "no", detail)
     try:
         from fastcache import _C  # type: ignore[attr-defined]  # compiled, without a stub
     except ImportError:
         table.add_row("_C", "no", "build information was not built (optional)")
     else:
-        table.add_row(
-            "_C",
-            "yes",
-            ", ".join(
-                f"{key} {value}" for key, value in {**_C.build(), "this processor": _C.cpu_features()}.items()
-            ),
-        )
+        facts = {**_C.build(), "this processor": _C.cpu_features()}
+        table.add_row("_C", "yes", ", ".join(f"{key} {value}" for key, value in facts.items()))
     return table
 
 
-def _backends() -> Table:
-    table = Table(title="backends", title_justify="left")
-    for heading in ("backend", "runs", "what it is, or why not"):
-        table.add_column(heading, overflow="fold")
+def _backends() -> "Table":
+    from fastcache import backends
+
+    table = plain_table(
+        "backends",
+        "",
+        ("backend", "runs", "what it is, or why not"),
+        text=("runs", "what it is, or why not"),
+        whole=("backend",),
+    )
     for name, status in backends.status().items():
         table.add_row(name, "yes" if status.available else "no", status.reason)
     return table
 
 
-def _operators() -> Table:
+def _operators() -> "Table":
     """Which backend runs each operator, and of the others, which cannot run here and which have no kernel of
     it.
     """
+    import torch
+
+    from fastcache import backends
+    from fastcache.backends.library import OPERATORS
+
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    table = Table(title="operators", title_justify="left")
-    for heading in ("operator", *(f"on {device}" for device in devices), *backends.NAMES):
-        table.add_column(heading, overflow="fold")
+    headings = [f"on {device}" for device in devices]
+    table = plain_table(
+        "operators",
+        "",
+        ("operator", *headings, *backends.NAMES),
+        text=(*headings, *backends.NAMES),
+        whole=("operator", *headings),
+    )
     for operator in OPERATORS:
         chosen = [backends.chosen_name(torch.device(device), operator=operator) for device in devices]
         table.add_row(operator, *chosen, *(_standing(name, operator) for name in backends.NAMES))
@@ -88,31 +111,28 @@ def _operators() -> Table:
 
 
 def _standing(name: str, operator: str) -> str:
+    from fastcache import backends
+
     if operator not in backends.IMPLEMENTS[name]:
         return "no kernel of it"
     return "yes" if backends.status()[name].available else "cannot run here"
 
 
-def _verified(console: Console) -> bool:
+def _verified(console: "Console") -> bool:
+    import torch
+
+    from fastcache import backends
+    from fastcache.ops.verify import verify
+
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     failures = 0
     for device in devices:
-        table = Table(
-            title=(
-                f"error against float64 on {device}, as a multiple of the eager definition's (at most 1.1; -"
-                " where a backend has no kernel)"
-            ),
-            title_justify="left",
-        )
         verdicts = list(verify(device))
-        columns = list(dict.fromkeys((verdict.backend, verdict.dtype) for verdict in verdicts))
-        for heading in ("form", *(f"{backend}\n{dtype}" for backend, dtype in columns)):
-            table.add_column(heading)
-        for form in dict.fromkeys(verdict.form for verdict in verdicts):
-            row = {(v.backend, v.dtype): v for v in verdicts if v.form == form}
-            table.add_row(form, *(_mark(row.get(c)) for c in columns))
+        console.print(verdict_table(verdicts, device.type))
+        for verdict in verdicts:
+            if verdict.error:
+                console.print(f"[red]{verdict.form}, {verdict.backend}, {verdict.dtype}:[/] {verdict.error}")
         failures += sum(not verdict.passed for verdict in verdicts)
-        console.print(table)
         met = backends.take_index_errors(device)
         failures += bool(met)
         console.print(f"indices out of range that kernels met on {device}: {met or 'none'}")
@@ -120,7 +140,26 @@ def _verified(console: Console) -> bool:
     return not failures
 
 
-def _mark(verdict: Verdict | None) -> str:
+def verdict_table(verdicts: "list[Verdict]", device: str) -> "Table":
+    """A line per form and backend, with the limit that applies to it."""
+    dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
+    table = plain_table(
+        f"error against float64 on {device}, as a multiple of the eager definition's",
+        "a check passes if no multiple is above the limit of its line",
+        ("form", "backend", *dtypes, "limit"),
+        text=("backend",),
+    )
+    lines: dict[tuple[str, str], dict[str, Verdict]] = {}
+    for verdict in verdicts:
+        lines.setdefault((verdict.form, verdict.backend), {})[verdict.dtype] = verdict
+    for (form, backend), found in lines.items():
+        limit = next(iter(found.values())).allowed
+        table.add_row(form, backend, *(_mark(found.get(dtype)) for dtype in dtypes), f"{limit:.1f}")
+    return table
+
+
+def _mark(verdict: "Verdict | None") -> str:
     if verdict is None:
         return "-"
-    return f"[{'green' if verdict.passed else 'red'}]{verdict.error or f'{verdict.ratio:.2f}'}[/]"
+    text = "error" if verdict.error else f"{verdict.ratio:.2f}"
+    return f"[{'green' if verdict.passed else 'red'}]{text}[/]"

@@ -2,15 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-from rich.table import Table
 from typer import BadParameter, Option
 
-from fastcache.workshop.studies.frontier.plan import TINY, FrontierOptions, FrontierPlan, plan_frontier
-from fastcache.workshop.studies.frontier.report import COLUMNS, FrontierReport, cells_of, order_lines
-from fastcache.workshop.studies.frontier.run import run_frontier
+from fastcache.cli.errors import naming
+from fastcache.cli.model_options import LAST_STEP, MOST_PICTURES
+from fastcache.cli.tables import plain_table
+from fastcache.files.whole import require_writable_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastcache.workshop.studies.frontier.plan import FrontierPlan
+    from fastcache.workshop.studies.frontier.report import FrontierReport
 
 
 def frontier(
@@ -27,15 +32,27 @@ def frontier(
         ),
     ] = None,
     pictures: Annotated[
-        int | None, Option(min=2, help="Pictures of each setting; 1008 unless --tiny.")
+        int | None, Option(min=2, max=MOST_PICTURES, help="Pictures of each setting; 1008 unless --tiny.")
     ] = None,
-    steps: Annotated[int | None, Option(min=2, help="Steps of the scheduler; 50 unless --tiny.")] = None,
+    steps: Annotated[
+        int | None, Option(min=2, max=LAST_STEP, help="Steps of the scheduler; 50 unless --tiny.")
+    ] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Pictures of a batch; 12 unless --tiny.")] = None,
     tiny: Annotated[
         bool, Option("--tiny", help="Two settings, few pictures and steps: does it run?")
     ] = False,
 ) -> None:
     """Quality against speed of every policy over a grid of settings. Takes over an hour; resumes."""
+    with naming("--out"):
+        require_writable_folder(out)
+
+    from rich.console import Console
+    from rich.padding import Padding
+
+    from fastcache.workshop.studies.frontier.plan import TINY, FrontierOptions, plan_frontier
+    from fastcache.workshop.studies.frontier.report import order_lines
+    from fastcache.workshop.studies.frontier.run import run_frontier
+
     options = TINY if tiny else FrontierOptions()
     sampler = replace(
         options.sampler,
@@ -43,42 +60,42 @@ def frontier(
         batch_size=batch_size or options.sampler.batch_size,
     )
     options = replace(options, sampler=sampler, pictures=pictures or options.pictures)
-    console = Console()
+    console = Console(highlight=False)
     try:
         plan = plan_frontier(out, options, only=only or ())
     except ValueError as error:
         raise BadParameter(f"--{error}") from error
     console.print(plan_table(plan))
+    if not plan.left:
+        console.print("finished before: every setting was there")
     report = run_frontier(plan, out)
     console.print(table_of(report))
-    console.print(
-        "Order of methods at equal interval:",
-        *order_lines(report.order),
-        sep="\n  ",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"table: {out / 'frontier.md'}   plot: {out / 'frontier.png'}   numbers: {out / 'frontier.json'},"
-        f" {out / 'frontier.csv'}",
-        highlight=False,
-    )
+    console.print("Order of methods at equal interval:")
+    for line in order_lines(report.order):
+        console.print(Padding(line, (0, 0, 0, 2)))
+    for what, name in (
+        ("table", "frontier.md"),
+        ("plot", "frontier.png"),
+        ("numbers", "frontier.json"),
+        ("numbers", "frontier.csv"),
+    ):
+        console.print(f"{what}: {out / name}", soft_wrap=True)
 
 
-def plan_table(plan: FrontierPlan) -> Table:
+def plan_table(plan: "FrontierPlan") -> "Table":
     """What is going to be measured, and how long that will take."""
-    table = Table(
-        title=(
-            f"{plan.options.pictures} pictures a setting, {plan.options.sampler.steps} steps, batches of"
-            f" {plan.options.sampler.batch_size}"
-        ),
-        caption=(
-            f"{plan.uncached_seconds_per_picture:.2f} s a picture uncached in a short trial; about"
-            f" {plan.seconds / 60:.0f} minutes left if the machine stays as busy as it is"
-        ),
+    left = (
+        f"about {plan.seconds / 60:.0f} minutes left if the machine stays as busy as it is"
+        if plan.left
+        else "nothing is left to measure"
     )
-    for heading in ("setting", "ideal", "steps", "state", "minutes"):
-        table.add_column(heading, justify="left" if heading in ("setting", "steps") else "right")
+    table = plain_table(
+        f"{plan.options.pictures} pictures a setting, {plan.options.sampler.steps} steps, batches of"
+        f" {plan.options.sampler.batch_size}",
+        f"{plan.uncached_seconds_per_picture:.2f} s a picture uncached in a short trial; {left}",
+        ("setting", "ideal", "steps", "state", "minutes"),
+        text=("steps",),
+    )
     for planned in plan.measured:
         kinds = (
             "all full"
@@ -95,23 +112,20 @@ def plan_table(plan: FrontierPlan) -> Table:
     return table
 
 
-def table_of(report: FrontierReport) -> Table:
+def table_of(report: "FrontierReport") -> "Table":
     """What `report` found, a line per setting."""
+    from fastcache.workshop.studies.frontier.report import COLUMNS, cells_of
+
     where = report.environment
-    table = Table(
-        title=(
-            f"Glyphs-36, {report.pictures} pictures a setting, {report.sampler.steps} steps of"
-            f" {report.sampler.scheduler}, guidance {report.sampler.guidance}"
-        ),
-        caption=(
-            f"{where.processor}, {where.threads} threads, torch {where.torch}, backend {where.backend}; real"
-            f" pictures: Frechet distance {report.floor:.3f}"
-        ),
-    )
     shown = [column for column in COLUMNS if column not in ("steps", "features")]
-    for heading in shown:
-        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    table = plain_table(
+        f"Glyphs-36, {report.pictures} pictures a setting, {report.sampler.steps} steps of"
+        f" {report.sampler.scheduler}, guidance {report.sampler.guidance}",
+        f"{where.processor}, {where.threads} threads, torch {where.torch}, backend {where.backend}; real"
+        f" pictures: Frechet distance {report.floor:.3f}",
+        shown,
+    )
     for row in report.rows:
         cells = dict(zip(COLUMNS, cells_of(row), strict=True))
-        table.add_row(*[cells[column] for column in shown])
+        table.add_row(cells["setting"], *[cells[column] for column in shown if column != "setting"])
     return table

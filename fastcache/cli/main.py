@@ -2,20 +2,21 @@
 
 import sys
 
-from fastcache.errors import FastCacheError
 from fastcache.extras import needs_extra
 
 
 def main() -> None:
-    """Run the command line. What is missing, a package or a file, and what does not fit is told in one
-    line.
-    """
+    """Run the command line; `Commands` tells what goes wrong in one line, but for a missing package."""
     try:
         with needs_extra("demo"):
             from fastcache.cli.app import app
-        app()
-    except (ModuleNotFoundError, FileNotFoundError, FastCacheError) as error:
-        sys.exit(f"fastcache: {error}")
+    except ModuleNotFoundError as error:
+        print(f"fastcache: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fastcache: interrupted", file=sys.stderr)
+        sys.exit(130)
+    app()
 
 
 if __name__ == "__main__":

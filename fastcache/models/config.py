@@ -1,6 +1,7 @@
 """The sizes of DiT models: the arguments of one, and those of the published ones."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,13 @@ class DiTConfig:
             "num_heads",
             "num_classes",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not isinstance(self.mlp_ratio, Real) or not 0 < self.mlp_ratio < float("inf"):
+            raise ValueError(f"mlp_ratio: expected a number > 0, got {self.mlp_ratio!r}")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"input_size: expected a multiple of patch_size {self.patch_size}, got {self.input_size}"

@@ -4,6 +4,7 @@ Source of the equations: Peebles and Xie, "Scalable Diffusion Models with Transf
 section 3.2. The state dict has the DiT family's keys, so its published checkpoints load.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -105,7 +106,14 @@ class DiT(nn.Module):
 
     @staticmethod
     def from_stored(checkpoint: Checkpoint) -> "DiT":
-        """The model that a checkpoint holds, in float32 and eval mode, on the CPU."""
+        """The model that a checkpoint holds, in float32 and eval mode, on the CPU.
+
+        Raises ValueError naming the tensors that are missing, left over or of another shape; before any
+        memory is taken.
+        """
+        with torch.device("meta"):
+            expected = DiT.from_config(checkpoint.config).state_dict()
+        _require_fitting(checkpoint.state, expected)
         model = DiT.from_config(checkpoint.config)
         model.load_state_dict(checkpoint.state)
         return model.eval()
@@ -166,6 +174,21 @@ class DiT(nn.Module):
         for owner in (*self.blocks, self.final_layer):
             nn.init.zeros_(owner.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _require_fitting(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing = [name for name in expected if name not in state]
+    left_over = [name for name in state if name not in expected]
+    if missing or left_over:
+        parts = [
+            f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for what, names in (("missing", missing), ("unknown", left_over))
+            if names
+        ]
+        raise ValueError(f"state: its tensors are not those of a DiT of its depth: {', '.join(parts)}")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"state: {name}: expected {list(tensor.shape)}, got {list(state[name].shape)}")
 
 
 class Block(nn.Module):

@@ -36,6 +36,7 @@ class Verdict:
     backend: str
     dtype: str
     ratio: float
+    allowed: float  # the largest ratio that passes
     passed: bool
     error: str = ""
 
@@ -66,10 +67,10 @@ def verify(device: torch.device) -> Iterator[Verdict]:
                 try:
                     found = _rms(_outputs(form.operator, form.build(dtype, device, False), name), wide)
                 except Exception as error:  # a verdict, not a crash: doctor shows all of them
-                    yield Verdict(operator, title, name, short, float("nan"), False, str(error))
+                    yield Verdict(operator, title, name, short, float("nan"), form.allowed, False, str(error))
                     continue
                 ratio = found / baseline if baseline else 1.0 + found
-                yield Verdict(operator, title, name, short, ratio, ratio <= form.allowed)
+                yield Verdict(operator, title, name, short, ratio, form.allowed, ratio <= form.allowed)
 
 
 def _outputs(operator: Callable[..., Any], arguments: Arguments, backend: str) -> list[Tensor]:

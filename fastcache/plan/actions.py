@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fastcache.errors import ScheduleError
 
@@ -67,6 +68,7 @@ COMPUTE = Action(Kind.COMPUTE)
 REUSE = Action(Kind.REUSE)
 
 
+@lru_cache(4096)
 def refresh(tokens: int) -> Action:
     """Recompute `tokens` tokens per sample into the stored feature, and use it."""
     return Action(Kind.REFRESH, tokens=tokens)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from fastcache.extras import needs_extra
+from fastcache.files.whole import write_whole
 from fastcache.plan.actions import Action
 from fastcache.plan.layout import Layout
 from fastcache.plan.step import StepPlan
@@ -30,13 +32,11 @@ class Drawable(Protocol):
 
 def draw_schedules(schedules: Mapping[str, Drawable], path: str | Path) -> None:
     """One panel per schedule: steps across, branches down. Needs matplotlib (extra `demo`)."""
-    try:
+    with needs_extra("demo"):
         import matplotlib
         from matplotlib.colors import to_rgb
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError("drawing a schedule needs matplotlib: pip install 'fastcache-dit[demo]'") from error
     matplotlib.use("Agg", force=False)
     rows = [2 + 0.055 * len(schedule.layout.branches) for schedule in schedules.values()]
     figure = Figure(figsize=(10, sum(rows)), layout="constrained")
@@ -69,7 +69,8 @@ def draw_schedules(schedules: Mapping[str, Drawable], path: str | Path) -> None:
         ncols=len(entries),
         fontsize=8,
     )
-    figure.savefig(path, dpi=110)
+    kind = Path(path).suffix[1:] or "png"
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format=kind))
 
 
 def _code(step: StepPlan, action: Action) -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import ScheduleError
+from fastcache.files.json_text import parse_json, read_json
+from fastcache.files.whole import write_text_whole
 from fastcache.plan.actions import COMPUTE, REUSE, Action, Kind
 from fastcache.plan.layout import Layout
 from fastcache.plan.step import StepPlan
@@ -42,6 +44,7 @@ class Fingerprint:
         """From JSON values. ScheduleError if a field is missing or of another type."""
         try:
             fields = dict(found)  # type: ignore[call-overload]
+            _check_fingerprint(fields)
             return Fingerprint(**{**fields, "names": tuple(fields["names"])})
         except (TypeError, ValueError, KeyError) as error:
             raise ScheduleError(
@@ -176,8 +179,8 @@ class PublishedSchedule:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json())
+        """Write `to_json` to a file, whole or not at all."""
+        write_text_whole(path, self.to_json())
 
 
 def steps_from_rows(layout: Layout, rows: Sequence[Sequence[int]]) -> tuple[StepPlan, ...]:
@@ -217,7 +220,7 @@ def fora_pattern(num_steps: int, n: int) -> list[int]:
     As many computed steps as FORA's own rule for n = 2, at other positions (fastcache.FORA has that rule).
     """
     for name, value in (("num_steps", num_steps), ("n", n)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
     return [int(step % n == 0 or step == num_steps - 1) for step in range(num_steps)]
 
@@ -228,12 +231,26 @@ def fora_file(num_steps: int, n: int = 2, names: Sequence[str] = ("attn", "mlp")
 
 
 def _parsed(source: str | Path) -> object:
-    text = source if isinstance(source, str) and source.lstrip().startswith("{") else None
-    where = "schedule" if text is not None else f"schedule: {source}"
     try:
-        return json.loads(Path(source).read_text() if text is None else text)
-    except json.JSONDecodeError as error:
-        raise ScheduleError(f"{where}: not JSON: {error}") from None
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            return parse_json(source, "schedule")
+        return read_json(source, "schedule")
+    except ValueError as error:
+        raise ScheduleError(str(error)) from None
+
+
+def _check_fingerprint(fields: Mapping[str, Any]) -> None:
+    """Entries that are compared have the type of what they are compared with."""
+    for name, kind, expected in (
+        ("family", str, "text"),
+        ("layers", int, "a whole number"),
+        ("num_steps", int, "a whole number"),
+        ("names", list | tuple, "a list of branch names"),
+        ("scheduler", str | None, "text or null"),
+    ):
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _flags(key: object, values: object) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import ScheduleError
+from fastcache.files.json_text import parse_json
+from fastcache.files.whole import write_text_whole
 from fastcache.plan.actions import Action, Kind
 from fastcache.plan.drawing import draw_schedules
 from fastcache.plan.editing import union_of_steps, with_branch_replaced
@@ -36,8 +38,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ScheduleError("steps: a schedule needs at least one step")
-        for index, step in enumerate(self.steps):
+        for step in self.distinct:
             if step.layout is not self.layout and step.layout != self.layout:
+                index = next(index for index, other in enumerate(self.steps) if other is step)
                 raise ScheduleError(f"steps[{index}]: was made for another layout")
         if self.refreshed and self.selection is None:
             raise ScheduleError(
@@ -50,21 +53,26 @@ class Schedule:
         return len(self.steps)
 
     @cached_property
+    def distinct(self) -> tuple[StepPlan, ...]:
+        """The step objects, each once: policies share one among steps that do the same."""
+        return tuple({id(step): step for step in self.steps}.values())
+
+    @cached_property
     def uncached(self) -> bool:
         """True if every step computes every branch: nothing is ever reused."""
-        return all(step.kind == "full" for step in self.steps)
+        return all(step.kind == "full" for step in self.distinct)
 
     @cached_property
     def skips(self) -> bool:
         """True if some step skips the trunk."""
-        return any(step.skip for step in self.steps)
+        return any(step.skip for step in self.distinct)
 
     @cached_property
     def refreshed(self) -> frozenset[int]:
         """Branches (indices in the plan) that some step refreshes."""
         return frozenset(
             index
-            for step in self.steps
+            for step in self.distinct
             for index, action in enumerate(step.actions)
             if action.kind is Kind.REFRESH
         )
@@ -72,7 +80,7 @@ class Schedule:
     @cached_property
     def history(self) -> int:
         """Features that must be kept per branch: one, or as many as the highest order needs."""
-        return 1 + max((action.order or 0 for step in self.steps for action in step.actions), default=0)
+        return 1 + max((action.order or 0 for step in self.distinct for action in step.actions), default=0)
 
     def kinds(self) -> dict[str, int]:
         """Number of steps of each kind."""
@@ -119,10 +127,14 @@ class Schedule:
     @staticmethod
     def from_json(text: str) -> "Schedule":
         """Read `to_json`'s form. Raises ScheduleError naming the entry that does not fit."""
+        return Schedule._from_parsed(text, "schedule")
+
+    @staticmethod
+    def _from_parsed(text: str | bytes, where: str) -> "Schedule":
         try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ScheduleError(f"schedule: not JSON: {error}") from None
+            found = parse_json(text, where)
+        except ValueError as error:
+            raise ScheduleError(str(error)) from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ScheduleError(
                 f"format: expected {FORMAT!r}, got"
@@ -133,18 +145,18 @@ class Schedule:
             layout = Layout(**{**shape, "branches": tuple(Branch(*entry) for entry in shape["branches"])})
             steps = tuple(_step_from_text(layout, index, line) for index, line in enumerate(found["steps"]))
             selection = None if found.get("selection") is None else Selection(**found["selection"])
-        except (KeyError, TypeError) as error:
-            raise ScheduleError(f"schedule: missing or malformed entry: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ScheduleError(f"{where}: missing or malformed entry: {error}") from None
         return Schedule(layout, steps, found.get("policy", ""), found.get("fields", {}), selection)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json())
+        """Write `to_json` to a file, whole or not at all."""
+        write_text_whole(path, self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> "Schedule":
         """Read a file that `save` wrote."""
-        return Schedule.from_json(Path(path).read_text())
+        return Schedule._from_parsed(Path(path).read_bytes(), f"schedule: {path}")
 
     def to_smoothcache(self) -> dict[str, list[int]]:
         """SmoothCache's published form (see fastcache.plan.published): {"attn": [1, 0, ...]}, 1 = compute."""

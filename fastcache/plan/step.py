@@ -51,6 +51,10 @@ class StepPlan:
 
         The modulation projections of every block count in full, as the originals run them.
         """
+        return batch * self._flops_of_a_sample
+
+    @cached_property
+    def _flops_of_a_sample(self) -> int:
         N = self.layout.tokens
         blocks = self.run_blocks
         total = self.layout.fixed_flops + self.layout.modulation_flops * len(blocks)
@@ -61,7 +65,7 @@ class StepPlan:
                 total += branch.flops(N, N)
             elif action.kind is Kind.REFRESH:
                 total += branch.flops(min(action.fresh_tokens, N), N)
-        return batch * total
+        return total
 
     @cached_property
     def run_blocks(self) -> frozenset[int]:

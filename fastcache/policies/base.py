@@ -1,8 +1,9 @@
 """What every policy is: settings in, a plan out."""
 
 import abc
+import numbers
 from dataclasses import asdict
-from typing import Any
+from typing import Any, SupportsIndex
 
 from fastcache.plan.layout import Layout
 from fastcache.plan.schedule import Schedule
@@ -37,8 +38,8 @@ class Policy(abc.ABC):
         return asdict(self)  # type: ignore[call-overload]
 
 
-def positive_steps(num_steps: int) -> int:
-    """Check a number of model evaluations."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+def positive_steps(num_steps: SupportsIndex) -> int:
+    """A number of model evaluations as an int; NumPy's whole numbers are such too. Raises ValueError."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise ValueError(f"num_steps: expected a whole number of model evaluations >= 1, got {num_steps!r}")
-    return num_steps
+    return int(num_steps)

@@ -29,14 +29,15 @@ class FORA(Policy):
 
     def full_steps(self, num_steps: int) -> list[int]:
         """Execution indices of the full steps."""
-        last = positive_steps(num_steps) - 1
+        num_steps = positive_steps(num_steps)
+        last = num_steps - 1
         return [k for k in range(num_steps) if k == 0 or (last - k) % self.interval == 0]
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
+        num_steps = positive_steps(num_steps)
         full = set(self.full_steps(num_steps))
-        steps = tuple(
-            full_step(layout) if k in full else uniform_step(layout, REUSE) for k in range(num_steps)
-        )
+        computed, reused = full_step(layout), uniform_step(layout, REUSE)
+        steps = tuple(computed if k in full else reused for k in range(num_steps))
         return Schedule(layout, steps, "FORA", self.fields())
 
     def reference_flops(self, num_steps: int, layout: Layout, batch: int) -> int:

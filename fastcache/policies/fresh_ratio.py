@@ -5,6 +5,7 @@ Method: docs/methods/toca.md, "How many tokens".
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,8 @@ class Line:
     start: float = 1.0
     slope: float = 0.0
 
-    def at(self, position: int, length: int) -> float:
-        """The factor at `position` of 0..length."""
+    def at(self, position: Any, length: int) -> Any:
+        """The factor at `position`, or at each of an array of them, of 0..length."""
         return self.start + self.slope * position / length
 
 
@@ -37,21 +38,17 @@ class FreshRatio:
     decay: float = 1.0
     ripple: float = 0.0
 
-    def share(self, fresh_ratio: float, at: "Position", branch: str) -> float:
-        """The share before it is clamped to 0..1; some schedules are negative in places."""
+    def tokens(self, fresh_ratio: float, at: "Position", branch: str, tokens: int) -> tuple[int, ...]:
+        """K of every layer: the share of `tokens`, in float32 as the originals have it, rounded down.
+
+        Before it is clamped to 0..1 the share is negative in places with some schedules.
+        """
         ramp = self.ripple * (at.step % at.interval / at.interval - 0.5)
         step = self.step.at(at.step, at.num_steps) * self.decay ** (at.step / at.num_steps) + ramp
-        return (
-            fresh_ratio
-            * self.layer.at(at.layer, max(1, at.layers - 1))
-            * step
-            * self.branches.get(branch, 1.0)
-        )
-
-    def tokens(self, fresh_ratio: float, at: "Position", branch: str, tokens: int) -> int:
-        """K: the share of `tokens`, in float32 as the originals have it, rounded down."""
-        share = np.float32(min(max(self.share(fresh_ratio, at, branch), 0.0), 1.0))
-        return int(share * np.float32(tokens))
+        layers = self.layer.at(np.arange(at.layers, dtype=np.float64), max(1, at.layers - 1))
+        share = fresh_ratio * layers * step * self.branches.get(branch, 1.0)
+        clamped = np.minimum(np.maximum(share, 0.0), 1.0).astype(np.float32)
+        return tuple((clamped * np.float32(tokens)).astype(int).tolist())
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,6 @@ class Position:
     step: int
     num_steps: int
     interval: int
-    layer: int
     layers: int
 
 

@@ -72,7 +72,8 @@ class L2C(Policy):
         return cls(PublishedSchedule.read(Path(path)))
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
-        if positive_steps(num_steps) % 2:
+        num_steps = positive_steps(num_steps)
+        if num_steps % 2:
             raise ScheduleError(f"num_steps: L2C pairs steps, expected an even number, got {num_steps}")
         rows = self.published.rows(layout, num_steps)
         absent = [
@@ -148,12 +149,21 @@ def _read(path: Path) -> dict[int, Tensor]:
         raise FileNotFoundError(f"router: no such file: {path}")
     if path.suffix == ".safetensors":
         with needs_extra("demo"):
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
-        return _routers(load_file(path), path)
+        try:
+            return _routers(load_file(path), path)
+        except SafetensorError as error:
+            raise ValueError(f"router: {path} is cut or damaged; get it again") from error
     try:
-        return _routers(torch.load(path, map_location="cpu", weights_only=True), path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):  # no name of a class or function: not a file of this kind at all
+            raise ValueError(f"router: {path} is no .pt file, or is damaged; get it again") from error
         raise ValueError(f"router: {path} holds more than tensors; save {CONTAINERS}") from error
+    except Exception as error:  # a cut or garbled archive ends in errors of every kind
+        raise ValueError(f"router: {path} is no .pt file, or is cut or damaged; get it again") from error
+    return _routers(content, path)
 
 
 def _routers(content: object, path: Path) -> dict[int, Tensor]:

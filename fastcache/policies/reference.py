@@ -39,7 +39,8 @@ def full_block_flops(layout: Layout, batch: int) -> int:
 
 def plan_flops(schedule: Schedule, batch: int) -> int:
     """A plan of full, partial and skipped steps; a block that a step leaves out counts nothing."""
-    return sum(_step_flops(step, batch) for step in schedule.steps)
+    flops = {id(step): _step_flops(step, batch) for step in schedule.distinct}
+    return sum(flops[id(step)] for step in schedule.steps)
 
 
 def _step_flops(step: StepPlan, batch: int) -> int:

@@ -39,15 +39,18 @@ class TaylorSeer(Policy):
         return [k for k in range(positive_steps(num_steps)) if k <= last or (k - last) % self.interval == 0]
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
+        num_steps = positive_steps(num_steps)
         full = set(self.full_steps(num_steps))
+        computed = full_step(layout)
+        forecasts: dict[int, StepPlan] = {}  # by order
         steps: list[StepPlan] = []
         seen = 0
         for k in range(num_steps):
             order = min(self.max_order, seen - 1)
             seen += k in full
-            steps.append(
-                full_step(layout) if k in full else uniform_step(layout, forecast(order) if order else REUSE)
-            )
+            if k not in full and order not in forecasts:
+                forecasts[order] = uniform_step(layout, forecast(order) if order else REUSE)
+            steps.append(computed if k in full else forecasts[order])
         return Schedule(layout, tuple(steps), "TaylorSeer", self.fields())
 
     def reference_flops(self, num_steps: int, layout: Layout, batch: int) -> int:

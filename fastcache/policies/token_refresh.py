@@ -88,12 +88,16 @@ class TokenRefresh(Policy):
         return rules
 
     def schedule(self, num_steps: int, layout: Layout) -> Schedule:
-        rules = self.rules(layout)
-        steps = tuple(
-            self._plan(rules, layout, k, num_steps, step)
-            for k, step in enumerate(self._steps(rules, positive_steps(num_steps)))
-        )
-        return Schedule(layout, steps, type(self).__name__, self.fields(), self._selection(rules))
+        rules, num_steps = self.rules(layout), positive_steps(num_steps)
+        steps: list[StepPlan] = []
+        equal: dict[object, StepPlan] = {}  # steps that do the same are one object
+        for k, step in enumerate(self._steps(rules, num_steps)):
+            tokens = self._tokens(rules, layout, k, num_steps, step)
+            key = (step, tuple(tokens.values()))
+            if key not in equal:
+                equal[key] = self._plan(rules, layout, step, tokens)
+            steps.append(equal[key])
+        return Schedule(layout, tuple(steps), type(self).__name__, self.fields(), self._selection(rules))
 
     def reference_flops(self, num_steps: int, layout: Layout, batch: int) -> int:
         if layout.family != WITH_FORMULA:
@@ -114,32 +118,30 @@ class TokenRefresh(Policy):
             flips=self.reproduce_reference,
         )
 
-    def _plan(self, rules: TokenRules, layout: Layout, k: int, num_steps: int, step: TokenStep) -> StepPlan:
-        number = rules.cycle.numbered(k, num_steps)
-        return StepPlan(
-            layout,
-            tuple(self._action(rules, layout, branch, number, num_steps, step) for branch in layout.branches),
-            step.skip,
-        )
+    def _tokens(
+        self, rules: TokenRules, layout: Layout, k: int, num_steps: int, step: TokenStep
+    ) -> dict[str, tuple[int, ...]]:
+        """Tokens that each layer refreshes, by branch name, of those that the step does not compute."""
+        refreshed = [] if step.skip else sorted(rules.refreshed - step.full)
+        if not refreshed:
+            return {}
+        layers = layout.depth // rules.blocks_per_layer
+        at = Position(rules.cycle.numbered(k, num_steps), num_steps, self.fresh_threshold, layers)
+        ratio = rules.ratios[self.ratio_scheduler]
+        return {name: ratio.tokens(self.fresh_ratio, at, name, layout.tokens) for name in refreshed}
 
-    def _action(
-        self, rules: TokenRules, layout: Layout, branch: Branch, number: int, num_steps: int, step: TokenStep
-    ) -> Action:
-        if step.computes(branch.block, branch.name):
-            return COMPUTE
-        if step.skip or branch.name not in rules.refreshed:
-            return REUSE
-        at = Position(
-            number,
-            num_steps,
-            self.fresh_threshold,
-            branch.block // rules.blocks_per_layer,
-            layout.depth // rules.blocks_per_layer,
-        )
-        # no tokens is still a refresh: ages advance
-        return refresh(
-            rules.ratios[self.ratio_scheduler].tokens(self.fresh_ratio, at, branch.name, layout.tokens)
-        )
+    def _plan(
+        self, rules: TokenRules, layout: Layout, step: TokenStep, tokens: Mapping[str, tuple[int, ...]]
+    ) -> StepPlan:
+        def action(branch: Branch) -> Action:
+            if step.computes(branch.block, branch.name):
+                return COMPUTE
+            if branch.name not in tokens:
+                return REUSE
+            # no tokens is still a refresh: ages advance
+            return refresh(tokens[branch.name][branch.block // rules.blocks_per_layer])
+
+        return StepPlan(layout, tuple(map(action, layout.branches)), step.skip)
 
     def _selection(self, rules: TokenRules) -> Selection:
         age_weight = self.soft_fresh_weight / self.fresh_threshold if self.force_fresh == "global" else 0.0

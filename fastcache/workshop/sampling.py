@@ -1,10 +1,11 @@
 """Pictures from a class-conditional model: diffusers' schedulers, batched guidance, an optional policy."""
 
 import inspect
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,49 +14,12 @@ from torch import Tensor
 
 from fastcache.engine.record import Summary
 from fastcache.engine.session import accelerate
-from fastcache.extras import needs_extra
+from fastcache.errors import FastCacheError
 from fastcache.models import DiT
 from fastcache.plan.schedule import Schedule
 from fastcache.policies import Policy
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """What a model was trained to undo: field names and values are those of diffusers' schedulers."""
-
-    prediction_type: str = "epsilon"
-    beta_schedule: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    num_train_timesteps: int = 1000
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> "Diffusion":
-        """From a checkpoint's metadata; what is not there is as in the DiT family's ImageNet models."""
-        usual = cls()
-        return cls(
-            metadata.get("prediction_type", usual.prediction_type),
-            metadata.get("beta_schedule", usual.beta_schedule),
-        )
-
-
-@dataclass(frozen=True)
-class SchedulerKind:
-    """A scheduler of diffusers: its class name, and the options that it is used with here."""
-
-    class_name: str
-    options: Mapping[str, object] = field(default_factory=dict)
-
-
-# No clipping: DDIM with a clipped picture and the unclipped noise drifts off its path under guidance
-# (class accuracy on Glyphs-36, 50 steps, guidance 2.5: 64% clipped, 100% not).
-SCHEDULERS: dict[str, SchedulerKind] = {
-    "ddim": SchedulerKind("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": SchedulerKind("DDPMScheduler", {"clip_sample": False}),
-    "dpm++": SchedulerKind("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}),
-    "unipc": SchedulerKind("UniPCMultistepScheduler"),
-    "euler": SchedulerKind("EulerDiscreteScheduler"),
-}
+from fastcache.workshop.progress import Progress
+from fastcache.workshop.schedulers import IMAGENET, Diffusion, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -68,35 +32,6 @@ class Samples:
     schedule: Schedule | None
 
 
-def make_scheduler(name: str, steps: int, diffusion: Diffusion, *, learned_variance: bool = False) -> Any:
-    """diffusers' scheduler `name` (a key of `SCHEDULERS`), set to `steps` steps, first timestep 999.
-
-    `len(scheduler.timesteps)` is the number of model evaluations.
-    `learned_variance` makes ddpm use the second half of a learn_sigma model's output.
-    """
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {name!r}")
-    if not 1 <= steps <= diffusion.num_train_timesteps:
-        raise ValueError(f"steps: expected 1..{diffusion.num_train_timesteps}, got {steps}")
-    with needs_extra("demo"):
-        import diffusers
-    kind = SCHEDULERS[name]
-    options = dict(kind.options)
-    if learned_variance and name == "ddpm":
-        options["variance_type"] = "learned_range"
-    scheduler = getattr(diffusers, kind.class_name)(
-        num_train_timesteps=diffusion.num_train_timesteps,
-        beta_schedule=diffusion.beta_schedule,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-        prediction_type=diffusion.prediction_type,
-        timestep_spacing="trailing",
-        **options,
-    )
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
 @torch.inference_mode()
 def sample(
     model: DiT,
@@ -107,11 +42,12 @@ def sample(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     scheduler: str = "ddim",
-    diffusion: Diffusion = Diffusion(),
+    diffusion: Diffusion = IMAGENET,
     policy: Policy | None = None,
     batch_size: int = 12,
     null_label: int | None = None,
     progress: bool = True,
+    title: str = "sampling",
     on_batch: Callable[[Sequence[int], Tensor], object] | None = None,
 ) -> Samples:
     """One picture for each of `labels`, under `policy` if there is one.
@@ -120,20 +56,24 @@ def sample(
     index alone: `indices` names them (default 0, 1, 2, ...), so that batch size and resuming do not
     change a picture beyond rounding. guidance 1.0 calls the model without the unconditional half;
     `null_label` defaults to the model's own. `on_batch` gets the indices and the pictures of each batch
-    when it is done. Ho and Salimans, "Classifier-free diffusion guidance" (2022).
-    Raises ValueError naming the argument.
+    when it is done. `title` stands before the progress bar. Ho and Salimans, "Classifier-free diffusion
+    guidance" (2022).
+    Raises ValueError naming the argument; FastCacheError, before `on_batch`, if a batch is not finite, with
+    the step at which that began.
     """
     indices = range(len(labels)) if indices is None else indices
     null_label = model.config.num_classes if null_label is None else null_label
     if len(indices) != len(labels):
         raise ValueError(f"indices: expected {len(labels)}, one for each label, got {len(indices)}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     calls = len(make_scheduler(scheduler, steps, diffusion).timesteps)
     starts = range(0, len(labels), batch_size)
     pictures, seconds = [torch.empty(0, *_picture_shape(model))], []
     accelerated = nullcontext() if policy is None else accelerate(model, policy, num_steps=calls)
-    with accelerated as session, _progress_bar(calls * len(starts), progress) as bar:
+    with accelerated as session, Progress(calls * len(starts), title, "step", shown=progress) as bar:
         for first in starts:
             start = time.perf_counter()
             solver = make_scheduler(scheduler, steps, diffusion, learned_variance=model.config.learn_sigma)
@@ -144,9 +84,10 @@ def sample(
             if session is not None:
                 session.begin(timesteps=solver.timesteps.float(), conditions={"y": chosen})
             drawn = indices[first : first + batch_size]
-            pictures.append(
-                _denoise(model, chosen, guidance, solver, PictureNoise(seed, drawn), bar.update).cpu()
-            )
+            noise = PictureNoise(seed, drawn)
+            kinds = None if session is None else [step.kind for step in session.schedule.steps]
+            on_step = lambda step: bar.ran({"full" if kinds is None else kinds[step]: 1})  # noqa: B023 (called in this round)
+            pictures.append(_denoise(model, chosen, guidance, solver, noise, on_step).cpu())
             seconds.append(time.perf_counter() - start)
             if on_batch is not None:
                 on_batch(drawn, pictures[-1])
@@ -178,21 +119,39 @@ def _denoise(
     guidance: float,
     solver: Any,
     noise: PictureNoise,
-    on_step: Callable[[], object],
+    on_step: Callable[[int], object],
 ) -> Tensor:
-    """Pictures [B, C, S, S] in float32; labels [2B] = [classes, null] with guidance, else [B]."""
+    """Pictures [B, C, S, S] in float32; labels [2B] = [classes, null] with guidance, else [B].
+
+    Whether values are finite stays on the device until the last step: no step waits for it.
+    """
     weight = model.pos_embed
     x = noise.draw(_picture_shape(model)).to(weight.device) * solver.init_noise_sigma
     draws_noise = "generator" in inspect.signature(solver.step).parameters
     step_options = {"generator": noise.generators} if draws_noise else {}
-    for t in solver.timesteps:
+    finite = []  # [2] of each step: the model's prediction, what the scheduler made of it
+    for step, t in enumerate(solver.timesteps):
         x_in = solver.scale_model_input(x, t).to(weight.dtype)
         out = _predict(model, x_in, t.to(weight.device).expand(len(labels)), labels, guidance).float()
         if solver.config.get("variance_type") != "learned_range":
             out = out[:, : x.shape[1]]
         x = solver.step(out, t, x, **step_options).prev_sample
-        on_step()
+        finite.append(torch.stack([out.isfinite().all(), x.isfinite().all()]))
+        on_step(step)
+    _require_finite(torch.stack(finite).tolist(), solver.timesteps.tolist(), guidance)
     return x
+
+
+def _require_finite(finite: Sequence[tuple[bool, bool]], timesteps: Sequence[float], guidance: float) -> None:
+    for step, found in enumerate(finite):
+        if not all(found):
+            where = (
+                "what the scheduler made of the model's prediction" if found[0] else "the model's prediction"
+            )
+            raise FastCacheError(
+                f"sampling: NaN or infinity first appeared at step {step} of {len(timesteps)} (timestep"
+                f" {timesteps[step]:g}), in {where}; check the weights, the dtype and guidance {guidance:g}"
+            )
 
 
 def _predict(model: DiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
@@ -203,9 +162,3 @@ def _predict(model: DiT, x: Tensor, t: Tensor, labels: Tensor, guidance: float) 
 
 def _picture_shape(model: DiT) -> tuple[int, int, int]:
     return model.config.in_channels, model.config.input_size, model.config.input_size
-
-
-def _progress_bar(total: int, shown: bool) -> Any:
-    with needs_extra("demo"):
-        from tqdm import tqdm
-    return tqdm(total=total, unit="step", desc="sampling", disable=not shown, leave=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastcache.extras import needs_extra
 from fastcache.models import DiT
-from fastcache.workshop.sampling import Diffusion
+from fastcache.workshop.schedulers import Diffusion
 
 if TYPE_CHECKING:
     from fastcache.workshop.glyphs.classifier import GlyphClassifier
@@ -48,7 +48,8 @@ def weights_path(name: str) -> Path:
     path = (Path(folder) if folder else Path(__file__).parents[3] / "weights") / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file. The weights are in the repository, not in the wheel: clone it and set "
-            f"FASTCACHE_WEIGHTS to its weights/ folder, or make them: {MAKE_COMMANDS[name]} --out {path}"
+            f"{path}: no such file. The shipped models are not part of an installed package: set"
+            " FASTCACHE_WEIGHTS to the folder weights/ of a checkout, or make them in a folder DIR and set it"
+            f" to that: {MAKE_COMMANDS[name]} --out DIR/{name}"
         )
     return path

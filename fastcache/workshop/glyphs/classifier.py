@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcache.extras import needs_extra
+from fastcache.files.whole import require_writable, write_whole
 from fastcache.workshop.glyphs import dataset
 from fastcache.workshop.metrics import accuracy
 
@@ -107,16 +108,16 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=500, help="training pictures of each class")
     parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()
+    require_writable(args.out)
     with needs_extra("demo"):
         from safetensors.torch import save_file
     start = time.perf_counter()
     model = train(args.per_class, args.epochs)
     score = held_out_accuracy(model)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     config = {"features": FEATURES, "per_class": args.per_class, "epochs": args.epochs, "seed": TRAINING_SEED}
     metadata = {"accuracy": f"{score:.4f}", "config": json.dumps(config), "classes": dataset.CLASSES}
-    save_file(state, args.out, metadata=metadata)
+    write_whole(args.out, lambda partial: save_file(state, partial, metadata=metadata))
     print(f"{args.out}: {score:.2%} of held-out glyphs read correctly, {time.perf_counter() - start:.0f} s")
 
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcache.extras import needs_extra
+from fastcache.files.whole import require_writable, write_whole
 from fastcache.models import DiT, DiTConfig
 from fastcache.models.checkpoint import Checkpoint, write_checkpoint
 from fastcache.workshop.glyphs import DIFFUSION, dataset
-from fastcache.workshop.sampling import make_scheduler
+from fastcache.workshop.schedulers import make_scheduler
 
 CONFIG = DiTConfig(
     input_size=dataset.SIZE,
@@ -67,9 +68,10 @@ class Run:
         )
 
     def save(self, path: Path) -> None:
-        """Write everything to `path`."""
+        """Write everything to `path`, whole or not at all."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimiser")}
-        torch.save({**parts, "step": self.step, "minutes": self.minutes}, path)
+        state = {**parts, "step": self.step, "minutes": self.minutes}
+        write_whole(path, lambda partial: torch.save(state, partial))
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
@@ -162,7 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("weights/glyph-dit.safetensors"))
     parser.add_argument("--per-class", type=int, default=2500, help="training pictures of each class")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(args.out)
     train(args.minutes, args.out, args.per_class)
 
 

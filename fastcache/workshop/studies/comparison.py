@@ -45,7 +45,13 @@ class Sampler:
     batch_size: int = 9
 
     def run(
-        self, model: DiT, indices: Sequence[int], policy: Policy | None, *, progress: bool = False
+        self,
+        model: DiT,
+        indices: Sequence[int],
+        policy: Policy | None,
+        *,
+        progress: bool = False,
+        title: str = "sampling",
     ) -> Samples:
         """Pictures `indices` of the glyph model; picture i shows class i mod 36, on its own noise."""
         return sample(
@@ -60,6 +66,7 @@ class Sampler:
             policy=policy,
             batch_size=self.batch_size,
             progress=progress,
+            title=title,
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcache.engine.record import StepKindSummary
-from fastcache.extras import needs_extra
+from fastcache.files.whole import require_writable_folder, write_text_whole
 from fastcache.models import DiT
 from fastcache.plan.drawing import draw_schedules
 from fastcache.policies import FORA
@@ -22,6 +22,7 @@ from fastcache.workshop.glyphs import load_classifier, load_glyph_dit
 from fastcache.workshop.glyphs.classifier import GlyphClassifier, read
 from fastcache.workshop.glyphs.dataset import CLASSES, to_pixels
 from fastcache.workshop.metrics import accuracy, psnr
+from fastcache.workshop.progress import Progress
 from fastcache.workshop.sampling import Samples
 from fastcache.workshop.studies.comparison import SETTINGS, UNCACHED, Sampler, Setting, labels_of
 from fastcache.workshop.studies.grid import GridRow, draw_grid
@@ -76,11 +77,11 @@ def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> Dem
     """A picture of each class under every setting, `rounds` times; grid.png, steps.png, tokens.png and
     report.json in `out`.
     """
+    require_writable_folder(out)
     model, classifier = load_glyph_dit(), load_classifier()
     found = _measure(model, rounds, sampler)
     rows = [_row(setting, found, classifier) for setting in SETTINGS]
     report = DemoReport(environment(), sampler, len(PICTURES), rounds, rows)
-    out.mkdir(parents=True, exist_ok=True)
     draw_grid(
         [GridRow(row.setting, _captions(row), to_pixels(found[row.setting].pictures)) for row in rows],
         out / "grid.png",
@@ -96,29 +97,28 @@ def run_demo(out: Path, *, rounds: int = 2, sampler: Sampler = Sampler()) -> Dem
         {name: record_tokens(model, policy, sampler, TOKEN_PICTURES) for name, policy in refreshing.items()},
         out / "tokens.png",
     )
-    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    write_text_whole(out / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
 def _measure(model: DiT, rounds: int, sampler: Sampler) -> dict[str, Measurement]:
     """Settings take turns batch by batch, so that a busy machine slows all of them alike."""
-    with needs_extra("demo"):
-        from tqdm import tqdm
     batches = [
         PICTURES[first : first + sampler.batch_size] for first in range(0, len(PICTURES), sampler.batch_size)
     ]
     found = {}
-    with tqdm(total=(rounds * len(batches) + 1) * len(SETTINGS), unit="batch") as bar:
+    with Progress((rounds * len(batches) + 1) * len(SETTINGS), "warming up", "batch") as bar:
         for setting in SETTINGS:
-            bar.set_description(f"warming up: {setting.name}")
+            bar.begin(f"warm-up, {setting.name}")
             found[setting.name] = _warm_up(model, setting, batches[0], sampler)
-            bar.update()
+            bar.ran(found[setting.name].last.schedule.kinds())
         for _ in range(rounds):
             for indices in batches:
                 for setting in SETTINGS:
-                    bar.set_description(setting.name)
-                    _add(found[setting.name], sampler.run(model, indices, setting.policy), indices)
-                    bar.update()
+                    bar.begin(setting.name)
+                    samples = sampler.run(model, indices, setting.policy)
+                    _add(found[setting.name], samples, indices)
+                    bar.ran({"full": sampler.steps} if samples.schedule is None else samples.schedule.kinds())
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastcache.extras import needs_extra
+from fastcache.files.whole import write_whole
 
 COLUMNS = 18
 SCALE = 2  # screen pixels per picture pixel
@@ -43,7 +44,7 @@ def draw_grid(rows: Sequence[GridRow], path: Path) -> None:
         for line, caption in enumerate(row.captions):
             pen.text((GAP, top + 30 + 22 * line), caption, fill="#555555", font=caption_font)
         top += band.shape[0] + GAP
-    canvas.save(path)
+    write_whole(path, lambda partial: canvas.save(partial, format="PNG"))
 
 
 def _tile(pictures: np.ndarray) -> np.ndarray:

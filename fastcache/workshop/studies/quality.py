@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastcache.files.arrays import read_arrays, write_arrays
+from fastcache.files.damaged import set_aside
+from fastcache.files.whole import remove_leftovers, require_writable_folder, write_text_whole
 from fastcache.workshop.environment import Environment, environment
 from fastcache.workshop.glyphs import dataset, load_classifier, load_glyph_dit
 from fastcache.workshop.glyphs.classifier import GlyphClassifier, read
@@ -21,6 +24,7 @@ class Pictures:
 
     pictures: np.ndarray  # [n, 32, 32, 3] uint8
     seconds: float  # to sample them all
+    kept: bool  # by an earlier run
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class QualityReport:
     floor: float
     real_accuracy: float
     rows: list[QualityRow]
+    finished_before: bool  # no picture was left to sample
 
 
 def run_quality(
@@ -59,7 +64,8 @@ def run_quality(
     """
     if per_class < 2:
         raise ValueError(f"per_class: expected at least 2, got {per_class}")
-    out.mkdir(parents=True, exist_ok=True)
+    require_writable_folder(out)
+    remove_leftovers(out)
     made = {setting.name: _pictures_of(setting, out, per_class, sampler) for setting in SETTINGS}
     classifier = load_classifier()
     halves = [dataset.make(per_class, seed) for seed in REAL_SEEDS]
@@ -71,8 +77,9 @@ def run_quality(
         floor=frechet_distance(real[0], others[0]),
         real_accuracy=accuracy(real[1], halves[0][1]),
         rows=[_row(setting, made, classifier, real[0]) for setting in SETTINGS],
+        finished_before=all(pictures.kept for pictures in made.values()),
     )
-    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    write_text_whole(out / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
@@ -82,12 +89,17 @@ def _pictures_of(setting: Setting, out: Path, per_class: int, sampler: Sampler) 
     made_by = json.dumps({"sampler": asdict(sampler), "pictures": count, "policy": setting.fields()})
     path = out / f"{setting.name.replace(' ', '-').lower()}.npz"
     if path.exists():
-        with np.load(path) as kept:
+        try:
+            kept = read_arrays(path, ("pictures", "seconds", "made_by"))
+        except ValueError as error:
+            set_aside(path, error)
+        else:
             if str(kept["made_by"]) == made_by:
-                return Pictures(kept["pictures"], float(kept["seconds"]))
-    samples = sampler.run(load_glyph_dit(), range(count), setting.policy, progress=True)
-    made = Pictures(dataset.to_pixels(samples.pictures), sum(samples.batch_seconds))
-    np.savez_compressed(path, pictures=made.pictures, seconds=made.seconds, made_by=made_by)
+                return Pictures(kept["pictures"], float(kept["seconds"]), kept=True)
+    samples = sampler.run(load_glyph_dit(), range(count), setting.policy, progress=True, title=setting.name)
+    made = Pictures(dataset.to_pixels(samples.pictures), sum(samples.batch_seconds), kept=False)
+    kept = {"pictures": made.pictures, "seconds": np.array(made.seconds), "made_by": np.array(made_by)}
+    write_arrays(path, kept)
     return made
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastcache.engine.session import accelerate
 from fastcache.extras import needs_extra
+from fastcache.files.whole import write_whole
 from fastcache.models import DiT
 from fastcache.plan.actions import Kind
 from fastcache.plan.drawing import COLOURS
@@ -103,7 +104,7 @@ def draw_tokens(records: Mapping[str, TokenRecord], path: Path) -> None:
         _pictures(above, record)
         _scale(above)
         _chart(below, record)
-    figure.savefig(path, dpi=110, format="png")
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
 
 
 def _pictures(figure: Any, record: TokenRecord) -> None:

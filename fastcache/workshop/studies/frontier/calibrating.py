@@ -7,11 +7,14 @@ from pathlib import Path
 from fastcache.calibration.calibrated import Calibration
 from fastcache.calibration.errors import calibrate
 from fastcache.calibration.scan import ErrorCurves
+from fastcache.files.damaged import set_aside
+from fastcache.files.json_text import read_json
+from fastcache.files.whole import write_text_whole
 from fastcache.hosts import recognise
 from fastcache.models import DiT
+from fastcache.plan.layout import Layout
 from fastcache.workshop.studies.comparison import Sampler
 from fastcache.workshop.studies.frontier.grid import Calibrated
-from fastcache.workshop.studies.frontier.results import write_whole
 
 LOOKAHEAD = 3
 CLASSES_PER_RUN = 9
@@ -27,11 +30,13 @@ def error_curves(
     """
     layout = recognise(model).layout()
     if path.exists():
-        found = json.loads(path.read_text())
-        if found["fingerprint"] == fingerprint:
-            return ErrorCurves(
-                layout, tuple(tuple(tuple(row) for row in rows) for rows in found["errors"]), found["samples"]
-            )
+        try:
+            found = _kept(path, layout, fingerprint)
+        except ValueError as error:
+            set_aside(path, error)
+        else:
+            if found is not None:
+                return found
 
     one_batch = replace(sampler, batch_size=CLASSES_PER_RUN)
 
@@ -50,8 +55,20 @@ def error_curves(
         calls_per_step=1,
     ).curves
     text = json.dumps({"fingerprint": fingerprint, "samples": curves.samples, "errors": curves.errors})
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_text_whole(path, text)
     return curves
+
+
+def _kept(path: Path, layout: Layout, fingerprint: str) -> ErrorCurves | None:
+    """The curves in a file; None if it is of another fingerprint, ValueError if it is damaged."""
+    found = read_json(path)
+    try:
+        if found["fingerprint"] != fingerprint:
+            return None
+        errors = tuple(tuple(tuple(map(float, row)) for row in rows) for rows in found["errors"])
+        return ErrorCurves(layout, errors, int(found["samples"]))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a calibration of this version: {error}") from error
 
 
 def calibrated(curves: ErrorCurves, target: Calibrated, sampler: Sampler) -> Calibration:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.extras import needs_extra
+from fastcache.files.whole import write_whole
 from fastcache.workshop.studies.frontier.front import FRECHET, METRICS, PSNR, SPEEDS, Metric
 from fastcache.workshop.studies.frontier.grid import UNCACHED
 from fastcache.workshop.studies.frontier.results import FrontierRow
@@ -61,7 +62,7 @@ def draw_frontier(
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=9
     )
-    figure.savefig(path, dpi=110, format="png")
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
 
 
 def _points(

@@ -1,6 +1,6 @@
 """Sampling one setting, with uncached batches in between to compare times with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -49,13 +49,13 @@ def measure(
     sampler: Sampler,
     pictures: int,
     comparisons: int,
-    on_batch: Callable[[], object],
+    on_batch: Callable[[Mapping[str, int]], object],
 ) -> Measurement:
     """Pictures 0 ... pictures - 1 under `policy`; before `comparisons` of the batches, the same batch
     uncached.
 
     Compared batches are spread over the run and follow each other, so that a busy machine slows both.
-    `on_batch` is called after every batch.
+    `on_batch` gets the number of steps of each kind after every batch.
     """
     batches = [
         range(first, min(first + sampler.batch_size, pictures))
@@ -66,9 +66,9 @@ def measure(
     for number, indices in enumerate(batches):
         if policy is not None and number in compared:
             uncached.append(sampler.run(model, indices, None).batch_seconds[0] / len(indices))
-            on_batch()
+            on_batch({"full": sampler.steps})
         samples = sampler.run(model, indices, policy)
-        on_batch()
+        on_batch({"full": sampler.steps} if samples.schedule is None else samples.schedule.kinds())
         made.append(samples.pictures.clamp(-1, 1))
         summary = samples.summary
         if policy is None or number in compared:

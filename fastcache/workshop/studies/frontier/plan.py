@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastcache.calibration.scan import ErrorCurves
+from fastcache.files.digest import digest_of_file
+from fastcache.files.whole import remove_leftovers, require_writable_folder
 from fastcache.hosts import recognise
 from fastcache.models import DiT
 from fastcache.plan.schedule import Schedule
@@ -24,7 +26,7 @@ from fastcache.workshop.studies.frontier.grid import (
     FrontierSetting,
     chosen,
 )
-from fastcache.workshop.studies.frontier.results import Store, digest_of_file, fingerprint_of
+from fastcache.workshop.studies.frontier.results import Store, fingerprint_of
 
 TRIAL_STEPS = 4
 
@@ -82,6 +84,11 @@ class FrontierPlan:
     uncached_seconds_per_picture: float  # of a short trial
 
     @property
+    def left(self) -> list[Planned]:
+        """What is to be measured still."""
+        return [planned for planned in self.measured if planned.state != "there"]
+
+    @property
     def seconds(self) -> float:
         """The estimate for all that is left."""
         return sum(planned.seconds for planned in self.measured)
@@ -96,6 +103,9 @@ def plan_frontier(
     of reach.
     """
     wanted = chosen(options.grid, only)
+    require_writable_folder(out / "results")
+    for folder in (out, out / "results"):
+        remove_leftovers(folder)
     model, sampler, store = load_glyph_dit(), options.sampler, Store(out / "results")
     base: dict[str, object] = {
         "environment": asdict(environment()),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastcache.files.whole import write_text_whole
 from fastcache.workshop.environment import Environment, environment
 from fastcache.workshop.studies.comparison import Sampler
 from fastcache.workshop.studies.frontier.drawing import draw_frontier
@@ -22,7 +23,7 @@ from fastcache.workshop.studies.frontier.front import (
     order_checks,
 )
 from fastcache.workshop.studies.frontier.judging import Judge
-from fastcache.workshop.studies.frontier.results import FrontierRow, write_whole
+from fastcache.workshop.studies.frontier.results import FrontierRow
 
 NO_ROUTER = (
     "No L2C router was trained for this model: the setting `SmoothCache 2x per layer` stands for schedules of"
@@ -87,14 +88,10 @@ def report_of(
 
 def write_report(report: FrontierReport, out: Path) -> None:
     """All four files, each replaced as a whole. Needs matplotlib (extra `demo`)."""
-    write_whole(
-        out / "frontier.json", lambda path: path.write_text(json.dumps(asdict(report), indent=2) + "\n")
-    )
-    write_whole(out / "frontier.csv", lambda path: path.write_text(_csv(report.rows)))
-    write_whole(out / "frontier.md", lambda path: path.write_text(markdown(report)))
-    write_whole(
-        out / "frontier.png", lambda path: draw_frontier(report.rows, report.fronts, report.floor, path)
-    )
+    write_text_whole(out / "frontier.json", json.dumps(asdict(report), indent=2) + "\n")
+    write_text_whole(out / "frontier.csv", _csv(report.rows))
+    write_text_whole(out / "frontier.md", markdown(report))
+    draw_frontier(report.rows, report.fronts, report.floor, out / "frontier.png")
 
 
 def markdown(report: FrontierReport) -> str:

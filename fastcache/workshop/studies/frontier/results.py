@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastcache.files.arrays import read_arrays, write_arrays
+from fastcache.files.damaged import set_aside
+from fastcache.files.json_text import read_json
+from fastcache.files.whole import write_text_whole
 
 FORMAT = 1  # of a result; raise it when a field changes its meaning
 
@@ -48,60 +51,72 @@ class Store:
 
     def row(self, slug: str, fingerprint: str) -> FrontierRow | None:
         """The finished result of a setting; None if there is none, or one of another fingerprint."""
-        found = self._record(slug)
-        return (
-            FrontierRow(**found["row"]) if found is not None and found["fingerprint"] == fingerprint else None
-        )
+        found = self._result(slug)
+        return found.row if found is not None and found.fingerprint == fingerprint else None
 
     def stale(self, slug: str, fingerprint: str) -> bool:
         """True if there is a result, made by something else."""
-        found = self._record(slug)
-        return found is not None and found["fingerprint"] != fingerprint
+        found = self._result(slug)
+        return found is not None and found.fingerprint != fingerprint
 
     def features(self, slug: str) -> np.ndarray:
         """The classifier's features [n, 64] of a finished setting's pictures."""
-        with np.load(self.folder / f"{slug}.npz") as kept:
-            return kept["features"]
+        return read_arrays(self._arrays(slug), ("features",))["features"]
 
     def pictures(self, slug: str) -> Tensor:
         """The pictures [n, 3, 32, 32] of a finished setting, in [-1, 1], float32 as they were."""
-        with np.load(self.folder / f"{slug}.npz") as kept:
-            return torch.from_numpy(kept["pictures"])
+        return torch.from_numpy(read_arrays(self._arrays(slug), ("pictures",))["pictures"])
 
     def write(self, slug: str, fingerprint: str, row: FrontierRow, arrays: Mapping[str, np.ndarray]) -> None:
         """The arrays first: a result counts as finished once its record is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = self.folder / f"{slug}.json"
+        record = self._record(slug)
         record.unlink(missing_ok=True)
-        write_whole(self.folder / f"{slug}.npz", lambda path: _save_arrays(path, arrays))
+        write_arrays(self._arrays(slug), arrays)
         text = json.dumps({"fingerprint": fingerprint, "row": asdict(row)}, indent=2) + "\n"
-        write_whole(record, lambda path: path.write_text(text))
+        write_text_whole(record, text)
 
-    def _record(self, slug: str) -> dict[str, Any] | None:
-        path = self.folder / f"{slug}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    def _record(self, slug: str) -> Path:
+        return self.folder / f"{slug}.json"
+
+    def _arrays(self, slug: str) -> Path:
+        return self.folder / f"{slug}.npz"
+
+    def _result(self, slug: str) -> "_Result | None":
+        """What is there of a setting; None if nothing is, or nothing that can be read to its end."""
+        record, arrays = self._record(slug), self._arrays(slug)
+        if not record.exists():
+            return None
+        try:
+            found = _Result.from_json(read_json(record))
+        except ValueError as error:
+            set_aside(record, error)
+            return None
+        try:
+            if not arrays.exists():
+                raise ValueError(f"{arrays.name}, which belongs to it, is absent")
+            read_arrays(arrays, ("features",))
+        except ValueError as error:
+            if arrays.exists():
+                set_aside(arrays, error)
+            set_aside(record, f"its arrays: {error}")
+            return None
+        return found
+
+
+@dataclass(frozen=True)
+class _Result:
+    fingerprint: str
+    row: FrontierRow
+
+    @staticmethod
+    def from_json(found: object) -> "_Result":
+        try:
+            return _Result(str(found["fingerprint"]), FrontierRow(**found["row"]))  # type: ignore[index]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a result of this version: {error}") from error
 
 
 def fingerprint_of(**parts: object) -> str:
     """A digest of everything that a result depends on, as JSON can hold it."""
     return hashlib.sha256(json.dumps({"format": FORMAT, **parts}, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` gets another path in the same folder; the file appears under its own name when it is
-    complete.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # names of ours, never allow_pickle

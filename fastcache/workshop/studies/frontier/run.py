@@ -1,10 +1,9 @@
 """Measuring a frontier, a setting at a time; the report is renewed after each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from fastcache.extras import needs_extra
+from fastcache.workshop.progress import Progress
 from fastcache.workshop.studies.frontier.grid import UNCACHED
 from fastcache.workshop.studies.frontier.judging import Judge
 from fastcache.workshop.studies.frontier.measuring import Measurement, compared_batches, measure
@@ -20,13 +19,13 @@ def run_frontier(plan: FrontierPlan, out: Path) -> FrontierReport:
     A run that was interrupted goes on where it stopped: a finished setting is not measured again.
     """
     judge = Judge(plan.options.pictures)
-    left = [planned for planned in plan.measured if planned.state != "there"]
+    left = plan.left
     # the pictures to compare with first, then what the methods are ranked by: an unfinished run says most
     left.sort(key=lambda planned: (planned.setting is not UNCACHED, not planned.setting.usual))
-    with _bar(sum(_batches(plan, planned) for planned in left)) as bar:
+    with Progress(sum(_batches(plan, planned) for planned in left), "measuring", "batch") as bar:
         for planned in left:
-            bar.set_description(planned.setting.name)
-            _measure(plan, planned, judge, bar.update)
+            bar.begin(planned.setting.name)
+            _measure(plan, planned, judge, bar.ran)
             write_report(_report(plan, judge), out)
     report = _report(plan, judge)
     write_report(report, out)
@@ -48,7 +47,9 @@ def _report(plan: FrontierPlan, judge: Judge) -> FrontierReport:
     return report_of(plan.options.sampler, plan.options.pictures, rows, missing, judge, features)
 
 
-def _measure(plan: FrontierPlan, planned: Planned, judge: Judge, on_batch: Callable[[], object]) -> None:
+def _measure(
+    plan: FrontierPlan, planned: Planned, judge: Judge, on_batch: Callable[[Mapping[str, int]], object]
+) -> None:
     options, setting = plan.options, planned.setting
     measured = measure(
         plan.model, planned.policy, options.sampler, options.pictures, options.comparisons, on_batch
@@ -105,9 +106,3 @@ def _batches(plan: FrontierPlan, planned: Planned) -> int:
     return (
         count if planned.schedule is None else count + len(compared_batches(count, plan.options.comparisons))
     )
-
-
-def _bar(total: int) -> Any:
-    with needs_extra("demo"):
-        from tqdm import tqdm
-    return tqdm(total=total, unit="batch")
