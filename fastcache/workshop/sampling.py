@@ -72,7 +72,9 @@ def sample(
     calls = len(make_scheduler(scheduler, steps, diffusion).timesteps)
     starts = range(0, len(labels), batch_size)
     pictures, seconds = [torch.empty(0, *_picture_shape(model))], []
-    accelerated = nullcontext() if policy is None else accelerate(model, policy, num_steps=calls)
+    accelerated = (
+        nullcontext() if policy is None else accelerate(model, policy, num_steps=calls, count_ops=True)
+    )
     with accelerated as session, Progress(calls * len(starts), title, "step", shown=progress) as bar:
         for first in starts:
             start = time.perf_counter()
