@@ -17,7 +17,9 @@ RESUMING = ("sample", "quality", "frontier")
 class Commands(TyperGroup):
     """Exit status 0: done; 1: a check failed, or an error of ours; 2: wrong input; 130: interrupted."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **options: Any) -> None:
+    def main(  # type: ignore[override]  # exits, and takes every option of its base by name
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **options: Any
+    ) -> None:
         """Run a command and exit. `--debug`, anywhere, shows the traceback of what went wrong."""
         given = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in given
@@ -36,7 +38,7 @@ class Commands(TyperGroup):
             )
             sys.exit(INTERRUPTED)
         except BrokenPipeError:  # the reader of our output has gone, as `head` does
-            sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush
+            sys.stdout = None  # nothing is left to flush
             sys.exit(INTERNAL)
         except Exception as error:
             if debug:

@@ -1,7 +1,8 @@
 """`fastcache doctor`."""
 
+import importlib
 import platform
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
@@ -62,7 +63,7 @@ def _libraries() -> "Table":
         )
         table.add_row(library.path.stem, "yes" if library.loaded else "no", detail)
     try:
-        from fastcache import _C  # type: ignore[attr-defined]  # compiled, without a stub
+        _C: Any = importlib.import_module("fastcache._C")  # compiled, without a stub
     except ImportError:
         table.add_row("_C", "no", "build information was not built (optional)")
     else:

@@ -15,7 +15,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:  # a path would get another suffix
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # names of ours, never allow_pickle
 
     write_whole(path, write)
 

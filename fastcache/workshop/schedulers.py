@@ -30,7 +30,7 @@ class Diffusion:
 
         Raises ValueError for a value that diffusers does not know.
         """
-        known = {name: metadata[name] for name in METADATA if name in metadata}
+        known: dict[str, Any] = {name: metadata[name] for name in METADATA if name in metadata}
         for name, value in known.items():
             if value not in METADATA[name]:
                 raise ValueError(

@@ -111,7 +111,8 @@ def _measure(model: DiT, rounds: int, sampler: Sampler) -> dict[str, Measurement
         for setting in SETTINGS:
             bar.begin(f"warm-up, {setting.name}")
             found[setting.name] = _warm_up(model, setting, batches[0], sampler)
-            bar.ran(found[setting.name].last.schedule.kinds())
+            plan = found[setting.name].last.schedule
+            bar.ran({"full": sampler.steps} if plan is None else plan.kinds())
         for _ in range(rounds):
             for indices in batches:
                 for setting in SETTINGS:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastcache.calibration.calibrated import Calibration
 from fastcache.calibration.errors import calibrate
@@ -61,7 +62,7 @@ def error_curves(
 
 def _kept(path: Path, layout: Layout, fingerprint: str) -> ErrorCurves | None:
     """The curves in a file; None if it is of another fingerprint, ValueError if it is damaged."""
-    found = read_json(path)
+    found: Any = read_json(path)
     try:
         if found["fingerprint"] != fingerprint:
             return None
