@@ -34,9 +34,7 @@ class Constants:
     def row(self, values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[len(values)] on the device."""
         by_stream = self._kept.get((values, dtype, device), {})
-        if _capturing(
-            device
-        ):  # what a graph reads outlives every owner, and what it uploads is not there yet
+        if capturing(device):  # what a graph reads outlives every owner, and what it uploads is not there yet
             return held_by_graph(values, dtype, device, next(iter(by_stream.values()), None))
         stream = _stream_of(device)
         found = by_stream.get(stream)
@@ -71,7 +69,7 @@ def constant_row(values: Values, dtype: torch.dtype, device: torch.device) -> Te
     owner = _OWNER.get()
     if owner is not None:
         return owner.row(values, dtype, device)
-    return held_by_graph(values, dtype, device, None) if _capturing(device) else made(values, dtype, device)
+    return held_by_graph(values, dtype, device, None) if capturing(device) else made(values, dtype, device)
 
 
 def made(values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -98,8 +96,9 @@ def held_by_graph(
 CAPTURED: list[Tensor] = []  # a few small tensors for every launch that was captured
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """True while a CUDA graph is captured: nothing can be read, and what is computed is not there yet."""
+    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
 
 
 def _stream_of(device: torch.device) -> int:

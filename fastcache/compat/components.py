@@ -92,7 +92,7 @@ class Wrapping:
                 " first"
             )
 
-        def guarded(original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def guarded(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if torch.compiler.is_compiling():
                 refuse_tracing()
             try:
@@ -112,7 +112,7 @@ class Wrapping:
             raise
 
     @property
-    def originals(self) -> list[Callable]:
+    def originals(self) -> list[Callable[..., Any]]:
         """The components' own forwards, in their order."""
         return [installation.forward.original for installation in self._installed[1:]]
 
@@ -121,14 +121,14 @@ class Wrapping:
         restore_all(self._installed)
 
 
-def input_form(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+def input_form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
     """Shape, dtype and device of the first tensor that a component is given."""
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     return None if first is None else (tuple(first.shape), first.dtype, first.device)
 
 
-def _bound(call: Call, component: Component) -> Callable:
-    def bound(original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _bound(call: Call, component: Component) -> Callable[..., Any]:
+    def bound(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             refuse_tracing()
         return call(component, original, args, kwargs)

@@ -144,7 +144,13 @@ class SmoothCacheHelper:
     ) -> None:
         self.disable()
 
-    def _call(self, component: Component, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self,
+        component: Component,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         name = component.full_name
         form = input_form(args, kwargs)
         if self._forms.get(name, form) != form:

@@ -113,7 +113,13 @@ class CalibrationHelper:
         for runs in self._finished.values():
             del runs[complete:]
 
-    def _call(self, component: Component, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self,
+        component: Component,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         output = original(*args, **kwargs)
         if not isinstance(output, Tensor):
             raise SessionError(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcache.backends.constants import capturing
 from fastcache.errors import SessionError
 
 Key = int | str  # of a call within its step: its number, or its name
@@ -89,6 +90,11 @@ class Calls:
         self.generations = 0
         self.doubt: str | None = None  # what makes it doubtful that calls were told apart rightly
         self.restarted = 0  # generations that were given up, seen by t
+        self._step = 0
+        self._made: list[Key] = []  # calls of this step
+        self._times: list[HostTime] = []  # t of the steps of this generation
+        self._opened: Time | None = None  # t of the first call of this step
+        self._begun = self._jumped = False
         self._restart()
 
     # -- what is known now ------------------------------------------------------------------
@@ -182,9 +188,7 @@ class Calls:
 
     def _restart(self) -> None:
         self._step = 0
-        self._made: list[Key] = []
-        self._times: list[HostTime] = []
-        self._opened: Time | None = None  # t of the first call of this step
+        self._made, self._times, self._opened = [], [], None
         self._begun = self._jumped = False
         if self._found is not None:
             self._assumed = self._found
@@ -282,7 +286,7 @@ class Calls:
         if self._jumped or not self._times or not way:
             return False
         first, last = self._times[0], self._times[-1]
-        if not all(isinstance(value, float) for value in (first, last, time.host)):
+        if not isinstance(first, float) or not isinstance(time.host, float):
             return time.host == first and last != first
         return (time.host - first) * way <= 0 and time.host != last
 
@@ -299,7 +303,7 @@ class TimeLog:
 
     def note(self, t: Tensor) -> None:
         """A step begins at t."""
-        if t.numel() and not t.is_meta:
+        if t.numel() and not t.is_meta and not capturing(t.device):
             self._now.append(t.reshape(-1)[:1].clone())
 
     def begin(self) -> None:

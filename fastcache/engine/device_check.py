@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcache.backends.constants import capturing
 from fastcache.errors import SessionError
 
 
@@ -49,8 +50,9 @@ class DeviceCheck:
         self._worst: dict[Claim, Tensor] = {}  # of the generations before, as a multiple of what is tolerated
 
     def note(self, claim: Claim, step: int, error: Tensor, tolerance: float) -> None:
-        """What a step found."""
-        self._now.append(Note(claim, step, error.flatten(), tolerance))
+        """What a step found; nothing while a CUDA graph is captured, whose tensors hold nothing yet."""
+        if not capturing(error.device):
+            self._now.append(Note(claim, step, error.flatten(), tolerance))
 
     def begin(self) -> None:
         """A generation begins: of those before, the worst errors are kept."""

@@ -65,7 +65,7 @@ class FeatureStore:
     def has(self, branch: int, before: int | None = None) -> bool:
         """True if a feature is stored; before: and the newest was computed at an earlier step than this."""
         history = self._slots.get(branch)
-        return bool(history) and (before is None or history[0].step < before)
+        return history is not None and len(history) > 0 and (before is None or history[0].step < before)
 
     def feature(self, branch: int, back: int = 0, device: torch.device | None = None) -> Tensor:
         """A stored feature, 0 = the newest; moved to `device` if the model's block has moved there."""

@@ -16,7 +16,7 @@ _ABSENT = object()
 class InstalledForward:
     """Stands in for `module.forward`. Copies of the module get the original back."""
 
-    def __init__(self, module: nn.Module, original: Callable, call: Callable) -> None:
+    def __init__(self, module: nn.Module, original: Callable[..., Any], call: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
         self.module, self.original, self._call = module, original, call
         self.active = True
@@ -26,7 +26,7 @@ class InstalledForward:
             return self.original(*args, **kwargs)
         return self._call(self.original, args, kwargs)
 
-    def __deepcopy__(self, memo: dict) -> Callable:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         clone = memo.get(id(self.module))
         function = getattr(self.original, "__func__", None)
         if clone is not None and function is not None:
@@ -44,7 +44,7 @@ class Installation:
     first hook's function reference: their hooks stay outside ours and go on working.
     """
 
-    def __init__(self, name: str, module: nn.Module, call: Callable) -> None:
+    def __init__(self, name: str, module: nn.Module, call: Callable[..., Any]) -> None:
         self.name, self.module = name, module
         self._holder, self._attribute, original = _innermost(name, module)
         self._before = self._holder.__dict__.get(self._attribute, _ABSENT)

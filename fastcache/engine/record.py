@@ -4,6 +4,7 @@ import statistics
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,8 +98,8 @@ class Summary:
 class Generation:
     """Spans of the calls of one generation, by step kind; those slowed by counting apart."""
 
-    times: dict[str, deque] = field(default_factory=dict)
-    counted: dict[str, deque] = field(default_factory=dict)
+    times: dict[str, deque[Any]] = field(default_factory=dict)
+    counted: dict[str, deque[Any]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -190,7 +191,7 @@ class OperatorCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _milliseconds(span: tuple) -> float:
+def _milliseconds(span: tuple[Any, ...]) -> float:
     begun, ended = span
     if isinstance(begun, torch.cuda.Event):
         ended.synchronize()

@@ -192,7 +192,7 @@ class Session:
 
     def _candidates_for(self, num_steps: int, layout: Layout) -> Candidates:
         """What may be decided; None, anything, of a policy that decides and names nothing."""
-        named = tuple(self._policy.candidates(num_steps, layout))
+        named = tuple(self._policy.candidates(num_steps, layout)) if isinstance(self._policy, Policy) else ()
         return None if self._decides and not named else named
 
     def _planned_for(self, tokens: int, arrival: Arrival) -> StepPlan:
@@ -224,6 +224,7 @@ class Session:
         return self._decided[arrival.step]
 
     def _checked_decision(self, step: int, planned: StepPlan) -> StepPlan:
+        assert isinstance(self._policy, Policy)
         decided = self._policy.decide(step, planned, {})
         who = f"{type(self._policy).__name__}.decide"
         if not isinstance(decided, StepPlan):
@@ -420,7 +421,7 @@ class Session:
                 " accelerate the model as it is now"
             )
 
-    def _call_model(self, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call_model(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             refuse_tracing()
         self._check_thread()
@@ -444,7 +445,14 @@ class Session:
         finally:
             self._busy = False
 
-    def _run(self, arrival: Arrival, t: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self,
+        arrival: Arrival,
+        t: Any,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         device = self._device()
         if arrival.opens:
             self._begin_generation()
@@ -497,14 +505,15 @@ class Session:
         self._trunk.clear()
 
     def _note_table(self) -> None:
-        self._recorder.table_bytes = max(self._recorder.table_bytes, self._announcement.table.nbytes)
+        nbytes = 0 if self._announcement is None else self._announcement.table.nbytes
+        self._recorder.table_bytes = max(self._recorder.table_bytes, nbytes)
 
     def _measured(
         self,
         plan: StepPlan,
         device: torch.device,
-        original: Callable,
-        args: tuple,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         cached: bool = False,
     ) -> Any:
@@ -537,10 +546,10 @@ class Session:
     def _device(self) -> torch.device:
         return next(self.host.model.parameters()).device
 
-    def _block_call(self, block: int, numbers: list[int]) -> Callable:
+    def _block_call(self, block: int, numbers: list[int]) -> Callable[..., Any]:
         """The forward of a block, which stands at these places of the trunk."""
 
-        def call(original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def call(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if torch.compiler.is_compiling():
                 refuse_tracing()
             if not self._busy:

@@ -76,12 +76,14 @@ class Trunk:
         self._indices = [
             [index for index, _ in self._layout.branches_of(number)] for number in range(len(self._blocks))
         ]
-        self._compiled: weakref.WeakKeyDictionary[nn.Module, Callable] = weakref.WeakKeyDictionary()
+        self._compiled: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
         self._bank = GateBank(host)
         self._stores: dict[Key, FeatureStore] = {}
         self._selectors: dict[Key, TokenSelector] = {}
         self._orders: dict[Key, tuple[int, ...]] = {}  # of blocks, at the last call that ran the trunk
-        self._entries: dict[Key, tuple] = {}  # shape and dtype of x at the last call that ran the trunk
+        self._entries: dict[
+            Key, tuple[Any, ...]
+        ] = {}  # shape and dtype of x at the last call that ran the trunk
         self.devices: set[torch.device] = set()  # on which blocks have run
         self._handed: weakref.WeakSet[Deferred] = weakref.WeakSet()
         self._forget_call()
@@ -132,6 +134,10 @@ class Trunk:
         return None
 
     @property
+    def _scored_at_refresh(self) -> bool:
+        return self._score is not None and self._score.local
+
+    @property
     def draws(self) -> bool:
         """True if tokens are chosen by random numbers, for which the latents are compared."""
         return self._score in (Score.RANDOM, Score.COMPRESS)
@@ -169,7 +175,7 @@ class Trunk:
 
     def chosen_tokens(self) -> dict[int, Tensor]:
         """[B, N] bool by branch: the tokens that the call that was opened last recomputed."""
-        if self._selector is None:
+        if self._choosing is None:
             return {}
         found = {index: self._selector.chosen(index) for index in sorted(self._refreshed)}
         return {index: choice.slots >= 0 for index, choice in found.items() if choice is not None}
@@ -178,22 +184,34 @@ class Trunk:
 
     def _forget_call(self) -> None:
         self._store = FeatureStore()
-        self._selector: TokenSelector | None = None
-        self._call: ModelCall | None = None
+        self._choosing: TokenSelector | None = None
+        self._opened: ModelCall | None = None
         self._stream: ResidualStream | None = None
         self._tip: Deferred | None = None
-        self._memo: dict = {}
+        self._memo: dict[Any, Any] = {}
         self._checked_condition: tuple[Tensor | None, int | None] = (None, None)
         self._first_condition: tuple[Tensor, Tensor] | None = None  # and a copy
         self._ran: list[int] = []
 
+    @property
+    def _call(self) -> ModelCall:
+        """The call that was opened last."""
+        assert self._opened is not None, "a model call is opened first"
+        return self._opened
+
+    @property
+    def _selector(self) -> TokenSelector:
+        """What chooses tokens in this call; there is one wherever the schedule refreshes any."""
+        assert self._choosing is not None, "a schedule that refreshes tokens has a selector"
+        return self._choosing
+
     def open(self, call: ModelCall) -> None:
         """Begin a model call."""
         self._forget_call()
-        self._call, self._plan, self._step = call, call.plan, call.step
+        self._opened, self._plan, self._step = call, call.plan, call.step
         self._store = self._stores.setdefault(call.key, FeatureStore(self._depth, self._dtype))
         if self._refreshed:
-            self._selector = self._selector_of(call)
+            self._choosing = self._selector_of(call)
         self._bank.begin_step()
         self._recomputed = False
 
@@ -236,7 +254,9 @@ class Trunk:
             error = relative_error([copy[:, None]], [tensor.to(copy.dtype)[:, None]])
             self._check.note(Claim.UNWRITTEN, self._step, error, 1e-6)
 
-    def block(self, number: int, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def block(
+        self, number: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         """Run one block: queue its branches; the last block, or one with hooks, applies them."""
         x, condition = self._host.block_inputs(args, kwargs)
         if not self._ran:
@@ -321,7 +341,7 @@ class Trunk:
         )  # the module as it is, hooks included
         return normalised.modulated(shift, scale, rows=rows, norm=Norm.IDENTITY)
 
-    def _body(self, branch: HostBranch) -> Callable:
+    def _body(self, branch: HostBranch) -> Callable[..., Any]:
         """The host's module of now, or its compiled form."""
         body = branch.body
         if not self._compile:
@@ -359,8 +379,10 @@ class Trunk:
     ) -> None:
         """Recompute the chosen tokens into the stored feature, and queue it."""
         feature = self._stored(stream, index)
-        if self._score.local and action.tokens > 0:
-            self._selector.choose_here(index, action.tokens, self._capacity(action), stream.value(), feature)
+        if self._scored_at_refresh and action.fresh_tokens > 0:
+            self._selector.choose_here(
+                index, action.fresh_tokens, self._capacity(action), stream.value(), feature
+            )
         choice = self._selector.chosen(index)
         if choice is None:
             stream.add(feature, gate, gate_row=row)
@@ -383,7 +405,7 @@ class Trunk:
 
     def _capacity(self, action: Action) -> int:
         """Rows that are packed: a compiled body would be compiled again for one token."""
-        return max(action.tokens, 2) if self._compile else action.tokens
+        return max(action.fresh_tokens, 2) if self._compile else action.fresh_tokens
 
     def _handed_on(self, number: int, stream: ResidualStream, last: bool) -> Tensor:
         if not last and not _hooked(self._blocks[number]):
@@ -400,8 +422,8 @@ class Trunk:
     def _continued(self, x: Tensor) -> ResidualStream:
         """The stream that x stands for: the running one, an earlier one, or a new one."""
         if isinstance(x, Deferred) and x.value is None:
-            return self._stream if x is self._tip else x.stream()
-        plain = _rowwise(x.value if isinstance(x, Deferred) else x)
+            return self._stream if x is self._tip and self._stream is not None else x.stream()
+        plain = _rowwise(x.materialised() if isinstance(x, Deferred) else x)
         # the host may write what it handed over: PyTorch tells, but for tensors of inference mode
         return ResidualStream(plain.clone() if plain.is_inference() else plain)
 
@@ -423,7 +445,7 @@ class Trunk:
             self._plan = full_step(self._layout)
             self._recomputed = True
         self._entries[self._call.key] = entry
-        if self._selector is not None:
+        if self._choosing is not None:
             if self.draws:
                 self._selector.see(self._call.sample, condition)
             self._prepare_selection(x)
@@ -442,11 +464,11 @@ class Trunk:
         wanted = {index: action for index, action in actions.items() if action.kind is Kind.REFRESH}
         if not wanted or self._plan.skip:
             return
-        if self._score.local:
-            self._selector.age_all([index for index, action in wanted.items() if action.tokens == 0])
+        if self._scored_at_refresh:
+            self._selector.age_all([index for index, action in wanted.items() if action.fresh_tokens == 0])
         else:
             self._selector.choose_all(
-                {index: action.tokens for index, action in wanted.items()},
+                {index: action.fresh_tokens for index, action in wanted.items()},
                 {index: self._capacity(action) for index, action in wanted.items()},
                 x,
             )
@@ -503,7 +525,7 @@ class Trunk:
 
     @staticmethod
     def _runs_body(action: Action) -> bool:
-        return action.kind is Kind.COMPUTE or (action.kind is Kind.REFRESH and action.tokens > 0)
+        return action.kind is Kind.COMPUTE or (action.kind is Kind.REFRESH and action.fresh_tokens > 0)
 
 
 def compiled_body(body: nn.Module) -> Any:

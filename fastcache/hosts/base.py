@@ -86,15 +86,15 @@ class Host(abc.ABC):
         """The branches with their costs, for `tokens` per sample (the model's own size if None)."""
 
     @abc.abstractmethod
-    def block_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def block_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(x [B, N, D], condition) from the arguments of a block's forward."""
 
     @abc.abstractmethod
-    def sample(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The latents x [B, ...] from the arguments of the model's forward."""
 
     @abc.abstractmethod
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """t from the arguments of the model's forward."""
 
     @abc.abstractmethod
@@ -102,7 +102,7 @@ class Host(abc.ABC):
         """[B, V, D] modulation vectors of a block, by the host's own module (a view is fine)."""
 
     @abc.abstractmethod
-    def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
+    def gates(self, block: nn.Module, condition: Tensor, memo: dict[str, Any]) -> list[Tensor | None]:
         """Gate [B, D] of every branch, computed alone where that is safe. `memo` lives one step."""
 
     def modulators(self) -> list[nn.Module]:

@@ -95,7 +95,7 @@ class DiTHost(Host):
         patch = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
         return total + (0 if patch is None else 2 * tokens * patch.weight.numel())
 
-    def block_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def block_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if len(args) == 2 and not kwargs:
             x, c = args
         else:
@@ -115,13 +115,15 @@ class DiTHost(Host):
             )
         return x, c
 
-    def sample(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return self._argument(args, kwargs, ("x", "sample", "hidden_states", "latents"), 0)
 
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return self._argument(args, kwargs, ("t", "timestep", "timesteps", "time"), 1)
 
-    def _argument(self, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...], position: int) -> Tensor:
+    def _argument(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...], position: int
+    ) -> Tensor:
         """An argument of the model's forward by its usual names, else by the family's position."""
         for name in names:
             if name in kwargs:
@@ -161,7 +163,7 @@ class DiTHost(Host):
             return None
         return GateProjection(F.silu, projection[1], GATES, projection[1].weight.shape[0] // self.vectors)
 
-    def gates(self, block: nn.Module, condition: Tensor, memo: dict) -> list[Tensor | None]:
+    def gates(self, block: nn.Module, condition: Tensor, memo: dict[str, Any]) -> list[Tensor | None]:
         projection = self.gate_projection(block)
         if projection is None:
             every = self.modulation(block, condition)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastcache.backends.constants import capturing
 from fastcache.errors import HostError
 from fastcache.hosts.base import Host
 
@@ -28,7 +29,7 @@ class Proof:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._proven: set[tuple] = set()
+        self._proven: set[tuple[Any, ...]] = set()
         self.unproven = 0
 
     def lacks(self, block: nn.Module) -> bool:
@@ -36,10 +37,16 @@ class Proof:
         return structure_of(block) not in self._proven
 
     def require(
-        self, number: int, block: nn.Module, original: Callable, x: Tensor, args: tuple, kwargs: dict
+        self,
+        number: int,
+        block: nn.Module,
+        original: Callable[..., Any],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         """HostError if the block is not what its description says. Reads the device once a structure."""
-        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(x.device):
             return
         self._proven.add(structure_of(block))
         with aside(self._host.model, x.device):
@@ -63,7 +70,13 @@ class Proof:
             )
 
     def _both_ways(
-        self, number: int, block: nn.Module, original: Callable, x: Tensor, args: tuple, kwargs: dict
+        self,
+        number: int,
+        block: nn.Module,
+        original: Callable[..., Any],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, condition = self._host.block_inputs(args, kwargs)
         state = RandomState(x.device)
@@ -133,7 +146,7 @@ def aside(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.__dict__[name] = registered
 
 
-def structure_of(block: nn.Module) -> tuple:
+def structure_of(block: nn.Module) -> tuple[Any, ...]:
     """What makes blocks compute alike, weights apart: types, forwards of instances, plain attributes."""
     return tuple(
         (name, type(module), _own_forward(module), *_numbers(module))

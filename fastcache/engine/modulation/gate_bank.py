@@ -9,6 +9,7 @@ a weight is another tensor or its counter moved (LoRA merges, loading, offloadin
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ MOST_BYTES = 512 << 20  # of copied weights; beyond, gates are computed block by
 class _Copies:
     weight: Tensor  # [L * G * D, C]
     bias: Tensor | None
-    state: tuple
+    state: tuple[Any, ...]
 
 
 class GateBank:
@@ -39,7 +40,7 @@ class GateBank:
         self._activated: tuple[Tensor | None, Tensor | None] = (None, None)
         self._fresh = False  # the copies are of this generation
         self._modules: list[nn.Module] = []
-        self._hooks: list[dict] = []  # of all modulations: empty while they are plain
+        self._hooks: list[dict[str, Any]] = []  # of all modulations: empty while they are plain
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +118,7 @@ class GateBank:
         return activated
 
 
-def _copied(projections: list[GateProjection], state: tuple) -> _Copies:
+def _copied(projections: list[GateProjection], state: tuple[Any, ...]) -> _Copies:
     with torch.no_grad():
         rows = [p.rows(gate, gate + 1) for p in projections for gate in p.gates]
         weight = torch.cat([weight for weight, _ in rows])

@@ -7,6 +7,7 @@ once, conditions on the device, by one operator a step, which is read when the s
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ def checked_timesteps(timesteps: Tensor, num_steps: int) -> Tensor:
     return timesteps
 
 
-def circumstances(host: Host) -> tuple:
+def circumstances(host: Host) -> tuple[Any, ...]:
     """What a table depends on besides its arguments: autocast, and the weights of the modulations."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in devices)
@@ -151,7 +152,7 @@ def fingerprint(host: Host) -> Tensor | None:
     ]
 
 
-def _state(module: nn.Module) -> tuple:
+def _state(module: nn.Module) -> tuple[Any, ...]:
     return tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters())
 
 

@@ -101,7 +101,7 @@ class TokenSelector:
         """Forget the choices of the step before."""
         self._chosen.clear()
 
-    def see(self, sample: Tensor, condition: Tensor) -> None:
+    def see(self, sample: Tensor | None, condition: Tensor) -> None:
         """The latents [B, ...] that the model got and the condition [B, C] of its blocks, once a generation:
         a batch whose halves have equal latents and other conditions is guided. Nothing is read.
         """

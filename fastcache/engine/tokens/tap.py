@@ -99,10 +99,10 @@ class AttentionTap(TorchFunctionMode):
         output, self.lse = attention_and_lse(query, key, value, scale)
         return output
 
-    def _keep_packed(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _keep_packed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._packed = output
 
-    def _keep_given(self, module: nn.Module, args: tuple) -> None:
+    def _keep_given(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             self._given.append(args[0].detach())
 
