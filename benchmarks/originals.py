@@ -1,14 +1,13 @@
 """The caching methods as their originals execute them on a DiT: block by block, in small operators.
 
-Written from the equations and operator sequences of the specification (FORA: section 1; ToCa and DuCa: 2, 3,
-8; TaylorSeer: 6); no original code was read, and no operator of FastCache runs here, so that tests take it as
-the definition, in float64. A plan is all it knows of a method. Every block computes all of its modulation; a
+Written from the formulas of docs/methods; no original code was read, and no operator of FastCache runs here,
+so that tests take it as the definition, in float64. A plan is all it knows of a method. Every block computes all of its modulation; a
 refresh scores every token anew, sorts them all, gathers K and scatters the result; with `attention` scores a
 full step keeps and averages whole softmax maps; a full step updates the differences D_0 = F, D_{m+1} = (D_m -
 D_m of the full step before) / gap, and a forecast sums D_m distance^m / m!, one term at a time.
 
 Left out, in the baseline's favour: ToCa and DuCa evaluate the kind of a step and the share of tokens again in
-every block, on 0-dim CPU tensors (7 of the 42 operators that the specification counts).
+every block, on 0-dim CPU tensors (7 of 42 operators).
 """
 
 import math
@@ -101,14 +100,11 @@ class Original:
         return total
 
     def _draw(self, plan: StepPlan, x: Tensor, c: Tensor) -> None:
-        """Random scores of all layers at once: the same for both halves of a guided batch (equal latents,
-        other conditions), independent for the images of another one."""
-        if self._score not in (Score.RANDOM, Score.COMPRESS) or plan.skip:
+        """Random scores of all layers at once: the same for both halves of a guided batch alone."""
+        refreshes = any(action.kind is Kind.REFRESH for action in plan.actions)
+        if self._score not in (Score.RANDOM, Score.COMPRESS) or plan.skip or not refreshes:
             return
-        rows, half = sorted(self._schedule.refreshed), len(x) // 2
-        if not any(action.kind is Kind.REFRESH for action in plan.actions):
-            return
-        seed = self._selection.seed
+        rows, half, seed = sorted(self._schedule.refreshed), len(x) // 2, self._selection.seed
         if self._generators is None:
             self._generators = tuple(torch.Generator().manual_seed(number) for number in (seed, seed + 1))
         first, second = (
