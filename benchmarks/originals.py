@@ -1,10 +1,11 @@
 """The caching methods as their originals execute them on a DiT: block by block, in small operators.
 
 Written from the formulas of docs/methods; no original code was read, and no operator of FastCache runs here,
-so that tests take it as the definition, in float64. A plan is all it knows of a method. Every block computes all of its modulation; a
-refresh scores every token anew, sorts them all, gathers K and scatters the result; with `attention` scores a
-full step keeps and averages whole softmax maps; a full step updates the differences D_0 = F, D_{m+1} = (D_m -
-D_m of the full step before) / gap, and a forecast sums D_m distance^m / m!, one term at a time.
+so that tests take it as the definition, in float64. A plan is all it knows of a method. Every block computes
+all of its modulation; a refresh scores every token anew, sorts them all, gathers K and scatters the result;
+with `attention` scores a full step keeps and averages whole softmax maps; a full step updates the
+differences D_0 = F, D_{m+1} = (D_m - D_m of the full step before) / gap, and a forecast sums D_m distance^m
+/ m!, one term at a time.
 
 Left out, in the baseline's favour: ToCa and DuCa evaluate the kind of a step and the share of tokens again in
 every block, on 0-dim CPU tensors (7 of 42 operators).
