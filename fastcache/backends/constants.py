@@ -98,7 +98,7 @@ CAPTURED: list[Tensor] = []  # a few small tensors for every launch that was cap
 
 def capturing(device: torch.device) -> bool:
     """True while a CUDA graph is captured: nothing can be read, and what is computed is not there yet."""
-    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream_of(device: torch.device) -> int:
