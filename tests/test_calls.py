@@ -1,5 +1,6 @@
 """Names of calls, and t that stays on a device: what is told apart, read, and found at the close."""
 
+import numpy as np
 import pytest
 import torch
 from equal_or_loud import StepCaching, assert_equal
@@ -116,6 +117,27 @@ def test_a_generation_that_was_interrupted_is_an_error_when_the_session_closes(o
             run(model, 4)
             run(model)
             run(model, 4)
+
+
+@pytest.mark.parametrize(
+    ("t", "value"),
+    [
+        (5, 5.0),
+        (5.5, 5.5),
+        (np.float32(5), 5.0),
+        (np.array(5), 5.0),
+        (np.array([5, 5]), 5.0),
+        (torch.tensor(5), 5.0),
+        (torch.tensor([[5.0], [5.0]]), 5.0),
+        ([5, 6], (5.0, 6.0)),
+        (torch.empty(0), None),
+        (None, None),
+        ("5s", None),
+    ],
+    ids=str,
+)
+def test_t_on_the_host_is_known_whatever_its_form(t, value) -> None:
+    assert Time.of(t).host == value
 
 
 # -- the rules ------------------------------------------------------------------------------------------

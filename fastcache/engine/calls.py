@@ -28,10 +28,13 @@ HostTime = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a model call is: `call` of `step`; `opens`: it is the first one of a generation."""
+    """What a model call is: `call` of `step`; `first`: no other call of the step was before it; `opens`: it
+    is the first one of a generation.
+    """
 
     step: int
     call: Key
+    first: bool
     opens: bool
 
 
@@ -51,7 +54,10 @@ class Time:
                 return Time(device=t.detach(), version=None if t.is_inference() else t._version)
             return Time(_number_of(t.detach().flatten().tolist()))
         try:
-            return Time(_number_of([float(value) for value in t] if hasattr(t, "__iter__") else [float(t)]))
+            plain = t.tolist() if hasattr(t, "tolist") else t  # NumPy's arrays and numbers
+            return Time(
+                _number_of([float(value) for value in plain] if hasattr(plain, "__iter__") else [plain])
+            )
         except (TypeError, ValueError):
             return Time()
 
@@ -163,7 +169,7 @@ class Calls:
         key: Key = len(self._made) if name is None else name
         self._made.append(key)
         self._begun = True
-        return Arrival(self._step, key, opens)
+        return Arrival(self._step, key, len(self._made) == 1, opens)
 
     def leave(self) -> bool:
         """The call is over. True if the generation is, too."""

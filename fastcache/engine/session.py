@@ -538,7 +538,7 @@ class Session:
     def _observe(self, arrival: Arrival) -> None:
         if self._observer is not None:
             self._observer(arrival.step, arrival.call, self._trunk.history())
-        if self._record_tokens and arrival.call == 0:
+        if self._record_tokens and arrival.first:
             self.tokens[arrival.step] = {
                 index: chosen.cpu() for index, chosen in self._trunk.chosen_tokens().items()
             }
