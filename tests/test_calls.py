@@ -97,16 +97,20 @@ def test_halves_that_share_one_t_are_found_without_reading(
     assert session.summary().generations == 1 and len(asked) <= 1  # the first t of step 1
 
 
-@torch.no_grad()
-def test_t_that_is_written_in_place_is_not_taken_for_the_one_before(on_a_device: None) -> None:
-    model = small_dit()
-    t = torch.zeros(4)
-    with fastcache.accelerate(model, POLICY, STEPS, calls_per_step=1):
-        found = []
+def played_with_one_t(**options) -> list[torch.Tensor]:
+    """A sampler that writes every t into the same tensor."""
+    model, t, found = small_dit(), torch.zeros(4), []
+    with fastcache.accelerate(model, POLICY, STEPS, **options), torch.no_grad():
         for step in range(STEPS):
             x, now, y = inputs(step)
             found.append(model(x, t.copy_(now), y))
-    assert_close(found, reference(model, FULL))
+    return found
+
+
+def test_t_that_is_written_in_place_is_not_taken_for_the_one_before(on_a_device: None) -> None:
+    with pytest.raises(fastcache.SessionError, match="pass calls_per_step"):
+        played_with_one_t()
+    assert_close(played_with_one_t(calls_per_step=1), reference(small_dit(), FULL))
 
 
 @torch.no_grad()
