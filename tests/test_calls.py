@@ -108,7 +108,7 @@ def played_with_one_t(**options) -> list[torch.Tensor]:
 
 
 def test_t_that_is_written_in_place_is_not_taken_for_the_one_before(on_a_device: None) -> None:
-    with pytest.raises(fastcache.SessionError, match="pass calls_per_step"):
+    with pytest.raises(fastcache.SessionError, match="t: the number of calls per step cannot be told"):
         played_with_one_t()
     assert_close(played_with_one_t(calls_per_step=1), reference(small_dit(), FULL))
 
