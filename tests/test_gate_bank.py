@@ -97,3 +97,21 @@ def test_blocks_with_conditions_of_their_own_get_their_own_gates() -> None:
     assert_close(
         [found], [model._unpatch(model.final_layer(stream, model.t_embedder(t) + model.y_embedder(y)))]
     )
+
+
+def test_weights_written_past_their_counters_within_a_generation_are_an_error_at_the_close() -> None:
+    model = small_dit()
+    with pytest.raises(fastcache.SessionError, match="weights: those of the modulations were written within"):
+        with fastcache.accelerate(model, POLICY, STEPS), torch.no_grad():
+            for step in range(STEPS):
+                if step == 6:
+                    model.blocks[1].adaLN_modulation[1].weight.data.mul_(1.5)
+                model(*inputs(step))
+
+
+def test_weights_written_between_generations_are_no_error() -> None:
+    model = small_dit()
+    with fastcache.accelerate(model, POLICY, STEPS):
+        for _ in range(2):
+            run(model)
+            model.blocks[1].adaLN_modulation[1].weight.data.mul_(1.5)

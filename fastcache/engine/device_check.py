@@ -25,6 +25,11 @@ class Claim(enum.Enum):
         "begin: weights of the modulations were changed between begin and the first step",
         "begin after they are changed",
     )
+    GATES = (
+        "weights: those of the modulations were written within a generation past PyTorch's counters"
+        " (weight.data), and cached steps used those of before",
+        "write the parameter itself (with torch.no_grad()), or call session.reset() after the change",
+    )
     UNWRITTEN = (
         "condition: the model wrote into the condition of its blocks between them, in inference mode, where"
         " PyTorch does not tell",

@@ -62,7 +62,8 @@ def accelerate(
         keep: keep the features when a generation ends (they are freed otherwise).
         own_features: deprecated and without effect: features are always copied into buffers of ours.
         feature_dtype: store features in float16 or bfloat16 (or float32): half the memory and traffic
-            of float32 ones, at one rounding.
+            of float32 ones, at one rounding. float16 holds nothing beyond 65,504: larger features become
+            infinite, and the picture NaN; bfloat16 has float32's range.
         compile: compile the branch bodies (at most one graph per kind of body); a self-attention
             that gives tokens their scores runs as it is.
         count_ops: count the operators of a step of each kind, for the summary (by a dispatch mode
@@ -493,6 +494,7 @@ class Session:
                 self._note_table()
 
     def _end_generation(self) -> None:
+        self._trunk.end_generation()
         self._announcement = None
         if not self._keep:
             self._trunk.clear()

@@ -158,6 +158,12 @@ class Trunk:
         for selector in self._selectors.values():
             selector.begin_generation()
 
+    def end_generation(self) -> None:
+        """The last call was made: were the weights of the gates those that were copied?"""
+        drift = self._bank.drift()
+        if drift is not None:
+            self._check.note(Claim.GATES, self._step, drift, 1e-30)
+
     def clear(self) -> None:
         """Free every feature and forget the stream."""
         self._stores.clear()

@@ -77,7 +77,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         from safetensors import safe_open
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+            names = file.keys()  # no mapping: it cannot be iterated itself
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as error:  # the library's own kind, and whatever a garbled header leads to
         raise ValueError(
             f"path: {path} is no whole .safetensors file ({_short(error)}); get it again"

@@ -88,7 +88,8 @@ def sample(
             drawn = indices[first : first + batch_size]
             noise = PictureNoise(seed, drawn)
             kinds = None if session is None else [step.kind for step in session.schedule.steps]
-            on_step = lambda step: bar.ran({"full" if kinds is None else kinds[step]: 1})  # noqa: B023 (called in this round)
+            # called in this round only
+            on_step = lambda step: bar.ran({"full" if kinds is None else kinds[step]: 1})  # noqa: B023
             pictures.append(_denoise(model, chosen, guidance, solver, noise, on_step).cpu())
             seconds.append(time.perf_counter() - start)
             if on_batch is not None:

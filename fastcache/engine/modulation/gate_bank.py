@@ -26,6 +26,7 @@ class _Copies:
     weight: Tensor  # [L * G * D, C]
     bias: Tensor | None
     state: tuple[Any, ...]
+    norms: Tensor  # of the weights that were copied from, as they were
 
 
 class GateBank:
@@ -63,6 +64,17 @@ class GateBank:
     def begin_step(self) -> None:
         """Another condition may stand in the same tensor."""
         self._activated = (None, None)
+
+    def drift(self) -> Tensor | None:
+        """How far the weights are from those copied, where no counter has moved; None if that is not known.
+
+        Equal weights have equal norms to the bit, so anything above zero is a write.
+        """
+        copies = self._copies
+        plain = [projection for projection in self._projections or () if projection is not None]
+        if copies is None or not self._fresh or len(plain) != len(self._projections or ()):
+            return None
+        return torch.dist(_norms(plain), copies.norms) if plain and _state(plain) == copies.state else None
 
     def clear(self) -> None:
         """Free the copies."""
@@ -123,10 +135,17 @@ def _copied(projections: list[GateProjection], state: tuple[Any, ...]) -> _Copie
         rows = [p.rows(gate, gate + 1) for p in projections for gate in p.gates]
         weight = torch.cat([weight for weight, _ in rows])
         bias = None if rows[0][1] is None else torch.cat([bias for _, bias in rows])
-    return _Copies(weight, bias, state)
+        return _Copies(weight, bias, state, _norms(projections))
 
 
-def _state(projections: list[GateProjection]) -> tuple | None:
+def _norms(projections: list[GateProjection]) -> Tensor:
+    """[L] norms of the weights, on their device."""
+    weights = [p.linear.weight.detach() for p in projections]
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(weights, 2, dtype=dtype))
+
+
+def _state(projections: list[GateProjection]) -> tuple[Any, ...] | None:
     """What changes if any weight is replaced or written; None where that cannot be told."""
     weights, biases = [p.linear.weight for p in projections], [p.linear.bias for p in projections]
     tensors = weights + [bias for bias in biases if bias is not None]
